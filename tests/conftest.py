@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
 
 
-settings.register_profile("often", max_examples=25, deadline=None)
+settings.register_profile("often", max_examples=15, deadline=None)
 settings.register_profile("at night", max_examples=300, deadline=None)
 """How many examples of anything that holds for all are tried. No deadline: a busy machine is no fault."""
 

@@ -50,6 +50,12 @@ def save_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True, **config:
     return folder
 
 
+def tiny_base(storage: Path) -> Path:
+    """A tiny model beside the runs of a storage, for the configs of all of them: a tenth of the demo's work."""
+    folder = storage / "base"
+    return folder if folder.exists() else save_tiny_model(folder)
+
+
 def tiny_rows(num_rows: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in the messages format."""
     return demo_rows("train", num_rows, seed)

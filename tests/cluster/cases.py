@@ -1,5 +1,7 @@
 """Cluster files of every cloud and GPU family, written as a user would, and what tests look up in them."""
 
+from functools import cache
+from itertools import product
 from typing import Any
 
 from raytune.clusters.kuberay import kuberay_yaml
@@ -8,6 +10,7 @@ from raytune.clusters.ray_up import ray_up_text
 from raytune.config.load import config_from
 from raytune.plan.ahead import compare
 from raytune.plan.costs.hardware import load_catalogue
+from tests.variants import variants
 from tests.yaml_text import read_all_yaml, read_yaml
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -62,8 +65,12 @@ SIZES = {
 }
 A100S = ["p4de.24xlarge", "a2-ultragpu-8g", "Standard_ND96amsr_A100_v4", "dgx-a100-80gb"]
 H100S = ["p5.48xlarge", "a3-megagpu-8g", "Standard_ND96isr_H100_v5", "dgx-h100"]
+OFTEN = [*zip(A100S, SIZES, strict=True), *zip(H100S, reversed(SIZES), strict=True)]
+"""Each instance with one size, and each size on both cards."""
+PLANNED = variants(OFTEN, [case for case in product(A100S + H100S, SIZES) if case not in OFTEN])
 
 
+@cache
 def nodes_by_plan(size: str, instance: str) -> int:
     """The fewest nodes on which a full fine-tuning under ZeRO-3 fits, by `raytune plan --compare`."""
     run = {"model": {"base": SIZES[size]}, "adapter": {"method": "full"}, "training": {"zero": {"stage": 3}}}

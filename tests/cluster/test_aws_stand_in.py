@@ -79,11 +79,14 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
     server.stop()
 
 
-def launched(stand_in: StandIn, instance: str, **sections: Any) -> dict[str, dict[str, str]]:
-    """The requests by which Ray starts the head and a GPU node of a file, its own preparation included."""
+def prepared(stand_in: StandIn, instance: str, **sections: Any) -> dict[str, Any]:
+    """A file as `ray up` prepares it: the schema, defaults, then subnets, roles and keys looked up or made."""
     provider = {**stand_in.user, **sections.pop("provider", {})}
-    # As `ray up` does: the schema, defaults, then subnets, roles and keys looked up or made.
-    config = _bootstrap_config(data_of(instance, provider=provider, **sections), no_config_cache=True)
+    return _bootstrap_config(data_of(instance, provider=provider, **sections), no_config_cache=True)
+
+
+def launched(stand_in: StandIn, config: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The requests by which Ray starts the head and a GPU node of a file that is prepared."""
     nodes = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
     requests = {}
     for kind in ("head", "gpu"):
@@ -119,9 +122,23 @@ def test_the_network_file_makes_the_roles_that_the_cluster_file_names(stand_in: 
         assert iam.list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"] == []
 
 
-def test_ray_asks_for_p5_machines_with_efa_on_all_cards_as_written(stand_in: StandIn) -> None:
-    requests = launched(stand_in, "p5.48xlarge", provider=BLOCK)
-    gpu = requests["gpu"]
+@dataclass(frozen=True)
+class Prepared:
+    config: dict[str, Any]
+    made: list[dict[str, str]]
+    """Requests by which Ray made groups, roles and keys for it."""
+
+
+@pytest.fixture(scope="module")
+def p5(stand_in: StandIn) -> Prepared:
+    stand_in.start_recording()
+    config = prepared(stand_in, "p5.48xlarge", provider=BLOCK)
+    kinds = ("CreateSecurityGroup", "AuthorizeSecurityGroupIngress", "CreateKeyPair", "CreateRole", "CreateInstanceProfile")
+    return Prepared(config, [request for kind in kinds for request in stand_in.requests(kind)])
+
+
+def test_ray_asks_for_p5_machines_with_efa_on_all_cards_as_written(stand_in: StandIn, p5: Prepared) -> None:
+    gpu = launched(stand_in, p5.config)["gpu"]
     assert (gpu["InstanceType"], gpu["MinCount"], gpu["MaxCount"]) == ("p5.48xlarge", "1", "1")
     cards = [named(gpu, f"NetworkInterface.{number}") for number in range(1, 33)]
     assert [card["NetworkCardIndex"] for card in cards] == [str(number) for number in range(32)]
@@ -138,7 +155,7 @@ def test_ray_asks_for_p5_machines_with_efa_on_all_cards_as_written(stand_in: Sta
     "instance", ["p5en.48xlarge", *(pytest.param(name, marks=pytest.mark.slow) for name in ("p4d.24xlarge", "g5.12xlarge"))]
 )
 def test_head_and_workers_get_their_role_group_disk_and_imdsv2(stand_in: StandIn, instance: str) -> None:
-    for kind, request in launched(stand_in, instance).items():
+    for kind, request in launched(stand_in, prepared(stand_in, instance)).items():
         assert request["IamInstanceProfile.Name"] == f"raytune-example-{'head' if kind == 'head' else 'worker'}"
         assert request["MetadataOptions.HttpTokens"] == "required"
         assert request["BlockDeviceMapping.1.Ebs.Encrypted"] == "true"
@@ -152,23 +169,14 @@ def test_head_and_workers_get_their_role_group_disk_and_imdsv2(stand_in: StandIn
 
 
 def test_spot_is_asked_for_by_workers_only(stand_in: StandIn) -> None:
-    requests = launched(stand_in, "p4de.24xlarge", cluster={"spot": True})
+    requests = launched(stand_in, prepared(stand_in, "p4de.24xlarge", cluster={"spot": True}))
     assert requests["gpu"]["InstanceMarketOptions.MarketType"] == "spot"
     assert "InstanceMarketOptions.MarketType" not in requests["head"]
 
 
-def test_ray_makes_no_group_role_or_key_of_its_own(stand_in: StandIn) -> None:
+def test_ray_makes_no_group_role_or_key_of_its_own(p5: Prepared) -> None:
     """Its own group would let everybody reach port 22, its own role could do anything with EC2 and S3."""
-    stand_in.start_recording()
-    _bootstrap_config(data_of("p5.48xlarge", provider=dict(stand_in.user)), no_config_cache=True)
-    for action in (
-        "CreateSecurityGroup",
-        "AuthorizeSecurityGroupIngress",
-        "CreateKeyPair",
-        "CreateRole",
-        "CreateInstanceProfile",
-    ):
-        assert stand_in.requests(action) == []
+    assert p5.made == []
 
 
 def test_rays_own_group_would_be_open_to_the_world(stand_in: StandIn) -> None:

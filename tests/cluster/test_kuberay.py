@@ -14,7 +14,7 @@ from raytune.clusters.kuberay import CPUS_FOR_OTHERS
 from raytune.clusters.provider import KUBERAY, Target
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, nodes_by_plan, spec_of, text_of
+from tests.cluster.cases import INSTANCES, MARKETS, PLANNED, manifests_of, nodes_by_plan, spec_of, text_of
 from tests.yaml_text import read_yaml
 
 CRDS = Path(__file__).parent / "crds"
@@ -81,8 +81,7 @@ def test_every_manifest_fits_the_schema(instance: str, market: str, target: Targ
 
 
 @pytest.mark.parametrize("target", KUBERAY)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("instance", A100S + H100S)
+@pytest.mark.parametrize(("instance", "size"), PLANNED)
 def test_manifests_for_7b_to_70b_ask_for_all_gpus_of_their_nodes(instance: str, size: str, target: Target) -> None:
     nodes = nodes_by_plan(size, instance)
     manifest = manifests_of(instance, target, name=f"llama-{size}", nodes=nodes)[-1]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -172,7 +171,7 @@ class Keeping:
     def __init__(self, model: torch.nn.Module) -> None:
         layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
         self._first, self._last = layers[0], layers[-1]
-        self._model = model
+        self._held = [*model.parameters(), *model.buffers()]
         self._kept: dict[int, Tensor] = {}
         self._inside = False
 
@@ -199,11 +198,10 @@ class Keeping:
         self._inside = False
 
     def _keep(self, tensor: Tensor) -> Tensor:
+        pointer = _pointer(tensor)
         # At stage 3 a weight lies elsewhere each time it is gathered, and what is kept of it is its name.
-        held = chain(self._model.parameters(), self._model.buffers())
-        is_weight = any(_pointer(tensor) == _pointer(one) for one in held)
-        if self._inside and not is_weight:
-            self._kept.setdefault(_pointer(tensor), tensor)
+        if self._inside and pointer not in self._kept and all(pointer != _pointer(one) for one in self._held):
+            self._kept[pointer] = tensor
         return tensor
 
 

@@ -78,6 +78,7 @@ def planned(
         workers=2,
         stage=stage,
         precision=precision,
+        batch={"micro_batch_size": 1},
         model={"dtype": work.weight_dtype, "compute_dtype": precision},
         num_parameters=shape.num_parameters,
     )

@@ -114,7 +114,11 @@ def askers_of(plans: Sequence[RunPlan]) -> list[Counter[str]]:
     return found
 
 
-BF16: dict[str, Any] = {"precision": "bf16", "model": {"attention": "sdpa", "dtype": "bf16", "compute_dtype": "bf16"}}
+BF16: dict[str, Any] = {
+    "precision": "bf16",
+    "model": {"attention": "sdpa", "dtype": "bf16", "compute_dtype": "bf16"},
+    "batch": {"micro_batch_size": 1},  # products in 16 bits take long on a CPU
+}
 FULL: dict[str, Any] = BF16 | {"model": BF16["model"] | {"dtype": "fp32"}}
 IN_CHUNKS: dict[str, Any] = {"loss": {"chunk_tokens": 16}}
 ROWS: dict[str, Any] = {"adapter": LORA | {"trainable_tokens": ["<|im_end|>"]}}

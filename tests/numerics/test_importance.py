@@ -348,7 +348,8 @@ def test_every_rank_holds_the_planned_bytes_and_estimates_in_fewer_than_a_step(w
 
 def test_a_run_keeps_its_importance_and_is_scored_without_one(tmp_path: Path) -> None:
     ewc = {"strength": STRENGTH, "data": {"path": "demo:test", "max_rows": 9}, "max_documents": 5}
-    result = finished(tmp_path, {"adapter": {"method": "full"}, "strategy": {"ewc": ewc}})
+    # A base whose names and shapes are few bytes beside its weights.
+    result = finished(tmp_path, {"model": {"base": "demo"}, "adapter": {"method": "full"}, "strategy": {"ewc": ewc}})
     recorded = dict(result.history.series("train/penalty"))
     assert recorded[1] == 0, "nothing has moved before the first update"
     assert recorded[6] > 1e-6

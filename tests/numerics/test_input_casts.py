@@ -88,8 +88,8 @@ def test_losses_weights_and_saved_files_are_those_with_peft_s_casts(case: str, m
     ways = {}
     for as_peft in (True, False):
         folder = tmp_path / str(as_peft)
-        first = train_in_one_of_two_ways(plan, as_peft, Change(stop=3, save=folder / "state"))
-        resumed = Change(start=3, load=folder / "state" / "rank-0")
+        first = train_in_one_of_two_ways(plan, as_peft, Change(stop=2, save=folder / "state"))
+        resumed = Change(start=2, stop=4, load=folder / "state" / "rank-0")
         ways[as_peft] = first, train_in_one_of_two_ways(plan, as_peft, resumed, folder / "adapter")
     for theirs, ours in zip(ways[True], ways[False]):
         assert ours.numbers == theirs.numbers  # losses, and norms of gradients

@@ -14,6 +14,7 @@ from raytune.launch.state.result import RunResult
 from raytune.model.kept_base import KeptBase
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
+from tests.tiny import tiny_base
 from tests.variants import variants
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ def trained(storage: Path, name: str, adapter: dict[str, Any], kept: KeptBase | 
         {
             "name": name,
             "storage": str(storage),
+            "model": {"base": str(tiny_base(storage))},
             "data": {
                 "train": {"path": "demo:train", "max_rows": 40},
                 "validation": {"path": "demo:validation", "max_rows": 8},

@@ -13,6 +13,7 @@ from tests.numerics.measured_bytes import of_one_process
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.runs import LORA, Change, Material, largest_difference, relative_difference, run, train
 from tests.numerics.strategies import FULL, plain_training, settled, strategy_plan
+from tests.variants import variants
 
 BFLOAT16 = 2**-8
 """Muon orthogonalises in bf16: sums in another order, or a processor that multiplies bf16 in another way, round some entries to
@@ -61,7 +62,7 @@ def test_two_ranks_equal_one(material: Material) -> None:
     assert apart(shared.weights, alone.weights, with_adamw.weights) <= BFLOAT16
 
 
-@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", variants([FULL], [LORA]), ids=["full", "lora"])
 def test_resumed_equals_unbroken(adapter: dict[str, Any], material: Material, tmp_path: Path) -> None:
     asked = plan(material, adapter)
     unbroken = train(asked)

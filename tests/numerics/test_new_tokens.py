@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,27 @@ class Base:
     tied: bool
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", pytest.param("room", marks=SLOW), pytest.param("padded", marks=SLOW)])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+OTHER_BASES = ("room", "padded")
+ONE_BASE = pytest.mark.parametrize("base", variants(["tied"], ["untied", *OTHER_BASES]), indirect=True)
+"""For what has been held against plain transformers and PEFT over both."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
     """`room`: more rows than the tokenizer has tokens, as Qwen's bases have."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tied = request.param in ("tied", "room")
-    path = save_tiny_model(folder / "model", tied=tied, **({"vocab_size": 272} if request.param == "room" else {}))
-    return Base(material=material_of(path, folder), tied=tied)
+
+    def made(kind: str) -> Base:
+        folder = tmp_path_factory.mktemp(kind)
+        tied = kind in ("tied", "room")
+        path = save_tiny_model(folder / "model", tied=tied, **({"vocab_size": 272} if kind == "room" else {}))
+        return Base(material=material_of(path, folder), tied=tied)
+
+    return cache(made)
+
+
+@pytest.fixture(params=variants(["tied", "untied"], OTHER_BASES))
+def base(request: pytest.FixtureRequest, bases: Callable[[str], Base]) -> Base:
+    return bases(request.param)
 
 
 def material_of(path: Path, folder: Path) -> Material:
@@ -176,10 +191,22 @@ ADAPTERS: dict[str, dict[str, Any]] = {name: way.adapter for name, way in WAYS.i
 OFTEN = ("lora with rows",)
 
 
-@pytest.fixture(scope="module")
+def ways_over(*often: tuple[str, str]) -> pytest.MarkDecorator:
+    """Each way over each base. What is often seen of a way over one base by the curve, is over the other one by what is saved."""
+    every = product(WAYS, ("tied", "untied", *OTHER_BASES))
+    cases = variants(often, [case for case in every if case not in often])
+    return pytest.mark.parametrize(("name", "base"), cases, indirect=["base"])
+
+
+@cache
+def run_alone(base: Base, name: str) -> Outcome:
+    return train(plan_of(base, ADAPTERS[name]))
+
+
+@pytest.fixture
 def alone(base: Base) -> Callable[[str], Outcome]:
     """What one plain process has, by adapter."""
-    return cache(lambda name: train(plan_of(base, ADAPTERS[name])))
+    return partial(run_alone, base)
 
 
 def test_tokens_and_rows_are_plain_transformers(base: Base) -> None:
@@ -196,7 +223,7 @@ def test_tokens_and_rows_are_plain_transformers(base: Base) -> None:
     assert {*plain_numbers(base.material.model)} <= used
 
 
-@pytest.mark.parametrize("name", WAYS)
+@ways_over(("lora with rows", "tied"), ("lora with whole", "untied"), ("rows alone", "tied"))
 def test_the_curve_is_plain_peft_s(name: str, base: Base, alone: Callable[[str], Outcome]) -> None:
     plan = plan_of(base, WAYS[name].adapter)
     ours = alone(name)
@@ -215,6 +242,7 @@ def test_full_fine_tuning_is_plain_torch_s(base: Base, alone: Callable[[str], Ou
     assert plan.num_trainable == sum(value.numel() for value in weights.values())
 
 
+@ONE_BASE
 @pytest.mark.parametrize(("chunk_tokens", "checkpointing"), variants([(16, False), (16, True)], [(None, True)]))
 def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
     chunk_tokens: int | None, checkpointing: bool, base: Base, alone: Callable[[str], Outcome]
@@ -223,6 +251,7 @@ def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
     assert relative_difference(train(other).losses, alone("lora with rows").losses) <= SAME_SUMS
 
 
+@ONE_BASE
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(
@@ -234,6 +263,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(
     assert largest_difference(sharded[0], alone(name)) <= 3e-6
 
 
+@ONE_BASE
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_resumed_equals_unbroken(name: str, stage: int, base: Base, alone: Callable[[str], Outcome], tmp_path: Path) -> None:
@@ -257,7 +287,7 @@ def logits(model: nn.Module, plan: RunPlan) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", WAYS)
+@ways_over(("lora with rows", "untied"), ("lora with whole", "tied"), ("rows alone", "untied"))
 def test_what_is_saved_computes_the_same_in_plain_peft_and_merged(name: str, base: Base, tmp_path: Path) -> None:
     plan = plan_of(base, WAYS[name].adapter)
     engine, seen = trained(plan)
@@ -292,6 +322,7 @@ def test_a_whole_model_is_loaded_by_plain_transformers_and_not_given_rows_again(
     assert (ours - logits(again.eval(), plan)).abs().max() <= SAME_SUMS
 
 
+@ONE_BASE
 @pytest.mark.parametrize("kind", variants(["nf4"], ["int8"]))
 def test_over_a_quantised_base_rows_are_those_of_plain_peft(kind: str, base: Base) -> None:
     quantization = {"format": kind, "compute_dtype": "fp32", "quant_storage": "uint8"}
@@ -317,6 +348,7 @@ def test_rows_of_tokens_that_are_there_are_trained_by_name(base: Base) -> None:
     assert plan.num_trainable == sum(value.numel() for value in ours.weights.values())
 
 
+@ONE_BASE
 def test_a_kept_base_is_not_given_to_a_trial_with_other_tokens(base: Base) -> None:
     kept = KeptBase()
     plans = [plan_of(base, LORA), plan_of(base, LORA | {"trainable_tokens": ["a"]})]

@@ -3,6 +3,9 @@
 import inspect
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +50,31 @@ def modules_of_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    return save_tiny_model(tmp_path / "plain")
+def own(tmp_path: Path) -> Path:
+    return with_own_code(save_tiny_model(tmp_path / "plain"), tmp_path / "own-code")
 
 
-@pytest.fixture
-def own(plain: Path, tmp_path: Path) -> Path:
-    return with_own_code(plain, tmp_path / "own-code")
+@dataclass(frozen=True, kw_only=True)
+class Bases:
+    """Of the same weights."""
+
+    plain: Path
+    own: Path
+    """With such code, which a process of its own looks at before the first run."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    folder = tmp_path_factory.mktemp("bases")
+    plain = save_tiny_model(folder / "plain")
+    return Bases(plain=plain, own=with_own_code(plain, folder / "own-code"))
+
+
+@contextmanager
+def gone(folder: Path) -> Iterator[None]:
+    aside = folder.rename(folder.with_name("aside"))
+    yield
+    aside.rename(folder)
 
 
 def with_own_code(plain: Path, folder: Path) -> Path:
@@ -61,7 +82,7 @@ def with_own_code(plain: Path, folder: Path) -> Path:
     shutil.copytree(plain, folder)
     for module in (configuration_llama, modeling_llama):
         code = inspect.getsource(module).replace("from ...", "from transformers.").replace('"llama"', '"own_llama"')
-        (folder / f"{module.__name__.rpartition('.')[2]}.py").write_text(code)
+        (folder / f"{module.__name__.rpartition('.')[2]}.py").write_text(f"{code}\nprint('code of a model may print')\n")
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": code}))
@@ -91,11 +112,9 @@ def trained(config: RunConfig) -> RunResult:
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
-    """A base with such code, and a finished run of an adapter of it."""
-    folder = tmp_path_factory.mktemp("adapted")
-    base = with_own_code(save_tiny_model(folder / "plain"), folder / "own-code")
-    return base, trained(run_config(base, "ours", trust_remote_code=True))
+def adapted(bases: Bases) -> RunResult:
+    """A finished run of an adapter of a base with such code."""
+    return trained(run_config(bases.own, "adapted", trust_remote_code=True))
 
 
 def logits(folder: Path | str) -> torch.Tensor:
@@ -105,40 +124,38 @@ def logits(folder: Path | str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", variants(["full"], ["lora"]))
-def test_own_code_trains_as_the_same_code_of_transformers(method: str, own: Path, plain: Path) -> None:
-    ours = trained(run_config(own, "ours", method, trust_remote_code=True))
-    theirs = trained(run_config(plain, "theirs", method))
+def test_own_code_trains_as_the_same_code_of_transformers(method: str, bases: Bases) -> None:
+    ours = trained(run_config(bases.own, f"ours-{method}", method, trust_remote_code=True))
+    theirs = trained(run_config(bases.plain, f"theirs-{method}", method))
+    assert ours.plan.num_parameters == theirs.plan.num_parameters
     assert ours.history.series("train/loss") == theirs.history.series("train/loss")
     file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     one, other = load_file(Path(ours.model_path) / file), load_file(Path(theirs.model_path) / file)
     assert one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)
     if method == "full":  # the saved folder is a model of its own
-        shutil.rmtree(own)
-        assert logits(ours.model_path).equal(logits(theirs.model_path))
+        with gone(bases.own):
+            assert logits(ours.model_path).equal(logits(theirs.model_path))
 
 
-def test_an_adapter_of_own_code_is_merged_where_that_code_is_trusted(adapted: tuple[Path, RunResult], tmp_path: Path) -> None:
-    base, result = adapted
+def test_an_adapter_of_own_code_is_merged_where_that_code_is_trusted(bases: Bases, adapted: RunResult, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="--trust-remote-code"):
-        merge_adapter(Path(result.model_path), tmp_path / "merged")
-    arguments = ["merge", result.model_path, "--output", str(tmp_path / "merged"), "--trust-remote-code"]
+        merge_adapter(Path(adapted.model_path), tmp_path / "merged")
+    arguments = ["merge", adapted.model_path, "--output", str(tmp_path / "merged"), "--trust-remote-code"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.output
-    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(bases.own, trust_remote_code=True)
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(model, result.model_path)(IDS).logits
-    base.rename(aside := tmp_path / "aside")
-    # Two orders of the same additions.
-    assert torch.allclose(logits(tmp_path / "merged"), expected, atol=1e-5)
-    aside.rename(base)
+        expected = PeftModel.from_pretrained(model, adapted.model_path)(IDS).logits
+    with gone(bases.own):
+        # Two orders of the same additions.
+        assert torch.allclose(logits(tmp_path / "merged"), expected, atol=1e-5)
 
 
-def test_code_that_changed_is_another_base(adapted: tuple[Path, RunResult], tmp_path: Path) -> None:
-    base, result = adapted
-    plan = result.plan
+def test_code_that_changed_is_another_base(bases: Bases, adapted: RunResult, tmp_path: Path) -> None:
+    plan = adapted.plan
     folder = RunFolder(plan.storage, plan.name)
-    own = shutil.copytree(base, tmp_path / "changed")
+    own = shutil.copytree(bases.own, tmp_path / "changed")
     (own / "parts").mkdir()
     for code in (own / "modeling_llama.py", own / "parts" / "more.py"):
         with code.open("a") as file:

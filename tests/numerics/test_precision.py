@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_fp16_too(material: Material) -> None:
 
 
 def test_fp16_that_overflows_at_every_scale_stops(material: Material) -> None:
-    plan = make_plan(material, **FP16)
+    plan = make_plan(material, batch={"accumulation": 1, "micro_batch_size": 1}, **FP16)
     engine, loss_sum, batches_of = start(plan)
 
     def overflowing(module: nn.Module, batch: Batch) -> Tensor:

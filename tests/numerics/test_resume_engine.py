@@ -23,7 +23,8 @@ from tests.numerics.runs import (
 )
 from tests.variants import variants
 
-HALF = 3
+HALF, WHOLE = 2, 4
+"""Steps."""
 
 
 def merged(folder: Path) -> Path:
@@ -42,9 +43,9 @@ def outcomes(plan: RunPlan, change: Change) -> list[Any]:
 
 
 def assert_resumes_exactly(plan: RunPlan, resumed_plan: RunPlan, folder: Path) -> None:
-    unbroken = outcomes(plan, Change())
+    unbroken = outcomes(plan, Change(stop=WHOLE))
     first = outcomes(plan, Change(stop=HALF, save=folder))
-    second = outcomes(resumed_plan, Change(start=HALF, load=merged(folder)))
+    second = outcomes(resumed_plan, Change(start=HALF, stop=WHOLE, load=merged(folder)))
     for whole, one, two in zip(unbroken, first, second, strict=True):
         assert one.numbers + two.numbers == whole.numbers
     assert largest_difference(second[0], unbroken[0]) == 0

@@ -27,7 +27,7 @@ from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import SAME_SUMS, relative_difference
-from tests.tiny import tiny_rows
+from tests.tiny import tiny_base, tiny_rows
 
 NUM_STEPS, NUM_ROWS = 9, 90
 
@@ -48,7 +48,7 @@ def planned(chats: Path, storage: Path, window: int | None, workers: int = 1, **
     values: dict[str, Any] = {
         "name": "streamed",
         "storage": str(storage),
-        "model": {"base": "demo"},
+        "model": {"base": str(tiny_base(storage))},
         "data": {"train": str(chats), "max_length": 512} | ({"streaming": {"window": window}} if window else {}),
         "adapter": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
         "training": {"max_steps": NUM_STEPS, "global_batch_size": 6, "learning_rate": 2e-3, "logging_steps": 1},

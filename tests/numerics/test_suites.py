@@ -120,7 +120,7 @@ def test_one_process_and_two_sharded_ranks_measure_what_plain_peft_does(tmp_path
             assert sample.get(name, []) == pytest.approx(other.get(name, []), rel=1e-5, abs=1e-4)
 
     questions = from_json_lines(Path(own.questions).read_bytes())
-    base = AutoModelForCausalLM.from_pretrained(demo_base_path()).eval()
+    base = AutoModelForCausalLM.from_pretrained(alone.plan.model.path).eval()
     tuned = AutoPeftModelForCausalLM.from_pretrained(alone.model_path).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(alone.model_path)
     for question, sample in zip(questions, samples, strict=True):

@@ -35,7 +35,7 @@ from raytune.training.run import Worker, train
 from raytune.training.whereabouts import findable, whereabouts
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.saved_models import loss_by_plain_transformers
-from tests.tiny import tiny_rows
+from tests.tiny import tiny_base, tiny_rows
 from tests.variants import variants
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
@@ -84,14 +84,18 @@ SAVED_AS_OTHERS = (
     "8-bit adam",
     "wsd",
     "eva",
+    "dora",
+    "pissa",
 )
-"""Trained in another way, and saved as a variant that is not among these."""
+"""Trained in another way, and saved as a variant that is not among these; what plain PEFT computes of DoRA's and PiSSA's files is
+held in unit/test_model_export.py."""
 
 
 def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
     base: dict[str, Any] = {
         "name": "whole-run",
         "storage": str(storage),
+        "model": {"base": str(tiny_base(storage))},
         "data": {
             "train": {"path": "demo:train", "max_rows": 60},
             "validation": {"path": "demo:validation", "max_rows": 12},

@@ -75,8 +75,9 @@ def seen() -> Iterator[Seen]:
     try:
         deadline = time.monotonic() + 500
         while process.poll() is None and time.monotonic() < deadline:
-            listeners |= open_ports(process.pid)
-            note_parents(process.pid, parents)
+            running = processes_of(process.pid)
+            listeners |= open_ports(running)
+            note_parents(running, parents)
             time.sleep(0.1)
         output, _ = process.communicate(timeout=30)
         yield Seen(process.returncode, output, listeners, parents, home, storage, session)
@@ -85,17 +86,17 @@ def seen() -> Iterator[Seen]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_ports(pid: int) -> set[tuple[str, str]]:
+def open_ports(running: list[psutil.Process]) -> set[tuple[str, str]]:
+    listening = [port for port in psutil.net_connections(kind="tcp") if port.status == psutil.CONN_LISTEN]
     found: set[tuple[str, str]] = set()
-    for process in processes_of(pid):
+    for process in running:
         with suppress(psutil.Error):  # it has just ended
-            connections = process.net_connections(kind="inet")
-            found |= {(process.name(), port.laddr.ip) for port in connections if port.status == psutil.CONN_LISTEN}
+            found |= {(process.name(), port.laddr.ip) for port in listening if port.pid == process.pid}
     return found
 
 
-def note_parents(pid: int, parents: dict[str, set[str]]) -> None:
-    for process in processes_of(pid):
+def note_parents(running: list[psutil.Process], parents: dict[str, set[str]]) -> None:
+    for process in running:
         with suppress(psutil.Error):
             parents.setdefault(process.name()[:15], set()).add(" ".join(psutil.Process(process.ppid()).cmdline()))
 

@@ -13,6 +13,8 @@ from ray.cluster_utils import Cluster
 
 from raytune import train
 from raytune.errors import DataError, RaytuneError, UserError
+from raytune.launch.cluster import cluster as launch_cluster
+from raytune.launch.cluster import scaling
 from raytune.launch.run import RunFailedError
 from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
@@ -26,7 +28,7 @@ def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[
         "name": name,
         "storage": str(storage),
         "data": {"train": {"path": "demo:train", "max_rows": 100}, "max_length": 256},
-        "training": {"max_steps": 30, "global_batch_size": 2, "learning_rate": 1e-3, "zero": {"stage": 2}},
+        "training": {"max_steps": 20, "global_batch_size": 2, "learning_rate": 1e-3, "zero": {"stage": 2}},
         "checkpoint": {"every_steps": 5},
         "cluster": {"address": cluster.address, "workers": 2},
         **sections,
@@ -51,9 +53,10 @@ def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunR
 
 
 def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(
-    cluster: Cluster, unbroken: RunResult, tmp_path: Path
+    cluster: Cluster, unbroken: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killer = threading.Thread(target=kill_a_worker_after, args=(tmp_path / "killed", 12))
+    monkeypatch.setattr(launch_cluster, "GROUP_END_S", 1.0)  # that of the survivor, which cannot end in order
+    killer = threading.Thread(target=kill_a_worker_after, args=(tmp_path / "killed", 7))
     killer.start()
     survived = train(config(cluster, tmp_path, "killed"), progress=False)
     killer.join()
@@ -90,8 +93,9 @@ def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(clu
     ],
 )
 def test_what_cannot_work_is_refused_before_any_worker_starts(
-    cluster: Cluster, tmp_path: Path, change: dict[str, Any], message: str
+    cluster: Cluster, tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(scaling, "UNHEARD_S", 0.0)  # there is no autoscaler to wait for
     with pytest.raises((UserError, DataError), match=message):
         train(config(cluster, tmp_path, "refused"), progress=False, **change)
     assert not (tmp_path / "refused" / "run.json").exists()

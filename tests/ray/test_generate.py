@@ -86,6 +86,7 @@ def test_base_and_adapters_answer_each_row_as_alone_and_in_its_order(folder: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+@pytest.mark.slow  # often of reworded rows, which are asked the same way: test_reword
 def test_what_was_answered_before_an_interruption_is_not_asked_again(folder: Path, cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     chunks = tmp_path / "answers.jsonl.unfinished" / "chunks"

@@ -62,8 +62,10 @@ def cluster(kept: Kept) -> Iterator[Cluster]:
 
 @pytest.fixture
 def quick_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that does not answer is looked at after seconds instead of a minute."""
-    monkeypatch.setattr(launch_cluster, "SILENCE_S", 5.0)
+    """A rank that does not answer is looked at after seconds instead of a minute, and the process group of the others has not to
+    end in order."""
+    monkeypatch.setattr(launch_cluster, "SILENCE_S", 3.0)
+    monkeypatch.setattr(launch_cluster, "GROUP_END_S", 1.0)
 
 
 def when_it_steps(metrics: Path, act: Callable[[], None]) -> threading.Thread:

@@ -59,9 +59,9 @@ def config(started: Cluster, storage: Path, name: str, **sections: Any) -> dict[
     return {key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in (base | sections).items()}
 
 
-def space_of_16() -> dict[str, Any]:
+def space_of_10() -> dict[str, Any]:
     return {
-        "trials": 16,
+        "trials": 10,
         "space": {
             "adapter.rank": {"choice": [2, 4, 8, 16]},
             "adapter.alpha": "2 * adapter.rank",
@@ -93,30 +93,30 @@ def is_all_free() -> bool:
 
 
 @pytest.fixture(scope="module")
-def sixteen(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
-    """A finished sweep of 16 trials of one worker."""
+def ten(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A finished sweep of 10 trials of one worker."""
     storage = tmp_path_factory.mktemp("sweeps")
-    return sweep(config(cluster, storage, "sixteen", sweep=space_of_16()), progress=False)
+    return sweep(config(cluster, storage, "ten", sweep=space_of_10()), progress=False)
 
 
-def test_every_trial_ends_and_most_end_early(sixteen: SweepResult) -> None:
-    states = [trial.state for trial in sixteen.trials]
-    assert len(states) == 16
+def test_every_trial_ends_and_most_end_early(ten: SweepResult) -> None:
+    states = [trial.state for trial in ten.trials]
+    assert len(states) == 10
     assert set(states) == {"finished", "stopped"}
-    assert 8 <= states.count("stopped") < 16
-    assert sixteen.spent_worker_s < sixteen.full_worker_s
+    assert 5 <= states.count("stopped") < 10
+    assert ten.spent_worker_s < ten.full_worker_s
 
 
-def test_trials_that_were_stopped_were_stopped_at_a_rung(sixteen: SweepResult) -> None:
-    assert sixteen.rungs == (3, 9)
-    assert {trial.step for trial in sixteen.trials if trial.state == "stopped"} <= {3, 9}
+def test_trials_that_were_stopped_were_stopped_at_a_rung(ten: SweepResult) -> None:
+    assert ten.rungs == (3, 9)
+    assert {trial.step for trial in ten.trials if trial.state == "stopped"} <= {3, 9}
 
 
-def test_the_decisions_are_those_of_ray_tunes_asha(sixteen: SweepResult) -> None:
+def test_the_decisions_are_those_of_ray_tunes_asha(ten: SweepResult) -> None:
     theirs = ASHAScheduler(time_attr="step", metric="loss", mode="min", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR)
     known: set[str] = set()
-    decisions = read_ledger(f"{sixteen.folder}/ledger.jsonl").decisions
-    assert len(decisions) > 16
+    decisions = read_ledger(f"{ten.folder}/ledger.jsonl").decisions
+    assert len(decisions) > 10
     for decided in decisions:
         trial: Any = SimpleNamespace(trial_id=decided.trial)
         if decided.trial not in known:
@@ -127,51 +127,51 @@ def test_the_decisions_are_those_of_ray_tunes_asha(sixteen: SweepResult) -> None
 
 
 @pytest.mark.slow
-def test_the_winner_trained_alone_has_the_value_of_its_trial(sixteen: SweepResult) -> None:
-    best = sixteen.best
+def test_the_winner_trained_alone_has_the_value_of_its_trial(ten: SweepResult) -> None:
+    best = ten.best
     assert best is not None
     assert best.state == "finished"
     # On as many threads as the trial had beside its neighbour: sums in another order differ by 1e-6.
-    alone = train(winner_config(sixteen.folder, overrides=["cluster.threads_per_worker=1"]), progress=False)
-    comparison = against_trial(sixteen.folder, alone)
+    alone = train(winner_config(ten.folder, overrides=["cluster.threads_per_worker=1"]), progress=False)
+    comparison = against_trial(ten.folder, alone)
     assert comparison is not None
     assert comparison.value == comparison.trial_value
     trial_history = History.read(f"{best.folder}/metrics.jsonl")
     assert alone.history.series("train/loss") == trial_history.series("train/loss"), "warm worker, kept base: the same curve"
 
 
-def test_all_trials_see_the_same_rows_from_one_store(sixteen: SweepResult) -> None:
-    plans = [read_json(f"{trial.folder}/plan.json") for trial in sixteen.trials]
+def test_all_trials_see_the_same_rows_from_one_store(ten: SweepResult) -> None:
+    plans = [read_json(f"{trial.folder}/plan.json") for trial in ten.trials]
     assert len({plan["data"]["train"]["path"] for plan in plans}) == 1
     assert len({plan["seed"] for plan in plans}) == 1
-    assert len({plan["optimization"]["learning_rate"] for plan in plans}) == 16
+    assert len({plan["optimization"]["learning_rate"] for plan in plans}) == 10
 
 
-def test_the_result_is_readable_by_ray_tunes_own_tools(sixteen: SweepResult) -> None:
-    grid = tune.ResultGrid(tune.ExperimentAnalysis(f"{sixteen.folder}/tune/command-1"))
-    assert len(grid) == 16
+def test_the_result_is_readable_by_ray_tunes_own_tools(ten: SweepResult) -> None:
+    grid = tune.ResultGrid(tune.ExperimentAnalysis(f"{ten.folder}/tune/command-1"))
+    assert len(grid) == 10
     frame = grid.get_dataframe()
     assert set(frame["config/adapter.rank"]) <= {2, 4, 8, 16}
     theirs = grid.get_best_result(metric="validation/loss", mode="min")
-    assert sixteen.best is not None
+    assert ten.best is not None
     assert theirs.config is not None
-    assert theirs.config["trial"] == sixteen.best.trial.name
+    assert theirs.config["trial"] == ten.best.trial.name
 
 
-def test_what_a_sweep_leaves_is_whole(sixteen: SweepResult) -> None:
-    folder = Path(sixteen.folder)
-    assert len((folder / "trials.csv").read_text().splitlines()) == 17
-    assert len([json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]) == 16
+def test_what_a_sweep_leaves_is_whole(ten: SweepResult) -> None:
+    folder = Path(ten.folder)
+    assert len((folder / "trials.csv").read_text().splitlines()) == 11
+    assert len([json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]) == 10
     assert (folder / "report.html").stat().st_size > 10_000
-    assert SweepResult.from_json(read_json(folder / "result.json")) == sixteen
-    assert not any((folder / "trials" / t.trial.name / "checkpoints").exists() for t in sixteen.trials if t.state == "stopped")
+    assert SweepResult.from_json(read_json(folder / "result.json")) == ten
+    assert not any((folder / "trials" / t.trial.name / "checkpoints").exists() for t in ten.trials if t.state == "stopped")
 
 
-def test_a_finished_sweep_is_only_read(cluster: Cluster, sixteen: SweepResult) -> None:
-    before = (Path(sixteen.folder) / "ledger.jsonl").read_bytes()
-    again = sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=space_of_16()), progress=False)
-    assert again == replace(sixteen, finished_before=True)
-    assert (Path(sixteen.folder) / "ledger.jsonl").read_bytes() == before
+def test_a_finished_sweep_is_only_read(cluster: Cluster, ten: SweepResult) -> None:
+    before = (Path(ten.folder) / "ledger.jsonl").read_bytes()
+    again = sweep(config(cluster, Path(ten.folder).parent, "ten", sweep=space_of_10()), progress=False)
+    assert again == replace(ten, finished_before=True)
+    assert (Path(ten.folder) / "ledger.jsonl").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def test_optuna_proposes_points_inside_the_space_after_the_first_ones(cluster: C
     pytest.importorskip("optuna")
     section = {
         "search": "optuna",
-        "trials": 5,
+        "trials": 3,
         "first": [{"training.learning_rate": 5e-3, "adapter.rank": 4}],
         "space": {
             "adapter.rank": {"choice": [2, 4, 8]},
@@ -305,19 +305,19 @@ def test_optuna_proposes_points_inside_the_space_after_the_first_ones(cluster: C
     }
     result = sweep(config(cluster, tmp_path, "optuna", training={"max_steps": 9}, sweep=section), progress=False)
     by_number = sorted(result.trials, key=lambda trial: trial.trial.number)
-    assert len(by_number) == 5
+    assert len(by_number) == 3
     assert by_number[0].trial.values == {"adapter.rank": 4, "adapter.alpha": 8, "training.learning_rate": 5e-3}
     for trial in by_number:
         values = trial.trial.values
         assert values["adapter.rank"] in (2, 4, 8)
         assert values["adapter.alpha"] == 2 * values["adapter.rank"]
         assert 1e-4 <= values["training.learning_rate"] <= 1e-2
-    assert len({json.dumps(trial.trial.values) for trial in by_number}) == 5
+    assert len({json.dumps(trial.trial.values) for trial in by_number}) == 3
 
 
 @pytest.mark.slow
 def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster, tmp_path: Path) -> None:
-    values = config(cluster, tmp_path, "broken", sweep=space_of_16() | {"trials": 8}, training={"max_steps": 81})
+    values = config(cluster, tmp_path, "broken", sweep=space_of_10() | {"trials": 8}, training={"max_steps": 81})
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps(values))
     command = [sys.executable, "launch.py", "sweep", str(file)]
@@ -399,21 +399,21 @@ def test_a_space_with_a_point_that_cannot_be_trained_is_refused_before_anything_
     assert not (tmp_path / "refused" / "ledger.jsonl").exists()
 
 
-def test_another_sweep_under_the_same_name_is_refused_with_the_difference(cluster: Cluster, sixteen: SweepResult) -> None:
-    other = space_of_16() | {"metric": "validation/perplexity"}
+def test_another_sweep_under_the_same_name_is_refused_with_the_difference(cluster: Cluster, ten: SweepResult) -> None:
+    other = space_of_10() | {"metric": "validation/perplexity"}
     with pytest.raises(UserError, match=r"sweep\.metric: validation/loss -> validation/perplexity"):
-        sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=other), progress=False)
+        sweep(config(cluster, Path(ten.folder).parent, "ten", sweep=other), progress=False)
 
 
 def test_other_rungs_and_other_plans_are_refused_before_a_trial_is_continued(cluster: Cluster, tmp_path: Path) -> None:
     folder = SweepFolder(str(tmp_path), "moved")
     Ledger(folder.ledger, {"rungs": [5.0]}).close()
     with pytest.raises(UserError, match=r"rungs of the comparison: \[5\.0\] -> \[1\.0, 3\.0\]"):
-        sweep(config(cluster, tmp_path, "moved", sweep=space_of_16()), progress=False)
+        sweep(config(cluster, tmp_path, "moved", sweep=space_of_10()), progress=False)
     Path(folder.ledger).unlink()
     with closing(Ledger(folder.ledger, {})) as ledger:
         ledger.assign(Trial(number=0, values={"training.learning_rate": 1e-3}))
     write_plan(folder.trial("trial-000"), tiny_plan())
     with pytest.raises(UserError, match=r"Run 'trial-000' in .* was started with other settings"):
-        sweep(config(cluster, tmp_path, "moved", sweep=space_of_16()), progress=False)
+        sweep(config(cluster, tmp_path, "moved", sweep=space_of_10()), progress=False)
     assert list(read_ledger(folder.ledger).trials) == ["trial-000"], "and nothing was started"

@@ -2,11 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
 from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.engines.state_files import Write, write_now
 from tests.numerics.processes import run_on_ranks
+from tests.variants import chequered
 
 WAITING = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
 """Training waits for the files."""
@@ -239,8 +239,10 @@ INJURIES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("injury", [*INJURIES, "deleted"])
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "engine.json", MANIFEST])
+FILES = [MANIFEST, "weights.safetensors", "optimizer.safetensors", "engine.json"]
+
+
+@pytest.mark.parametrize(("file", "injury"), chequered(FILES, [*INJURIES, "deleted"]))
 def test_a_damaged_checkpoint_is_set_aside_for_the_older_intact_one(folder: RunFolder, file: str, injury: str) -> None:
     save_steps(folder, {3: 2.0, 5: 1.0})
     newest = committed(folder)[-1]
@@ -552,32 +554,29 @@ def test_a_run_that_cannot_fit_is_refused_with_numbers(small_disk: Path) -> None
     refuse_small_disk(folder, 3 << 18, POLICY, 3 << 20)  # it is there, and goes on with it
 
 
-SAVE_FOR_EVER = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from tests.unit.test_checkpoint import RunFolder, engine_at, open_checkpoints, train
-engine = engine_at(0, width=700)
-checkpoints, _ = open_checkpoints(RunFolder(sys.argv[1], "run"), engine)
-for step in range(1, 10_000):
-    train(engine, range(step - 1, step))
-    checkpoints.save(step, metrics={})
-"""
+def save_for_ever(folder: RunFolder) -> None:
+    engine = engine_at(0, width=700)
+    checkpoints, _ = open_checkpoints(folder, engine)
+    for step in range(1, 10_000):
+        train(engine, range(step - 1, step))
+        checkpoints.save(step, metrics={})
 
 
 def test_a_process_killed_while_saving_leaves_an_intact_commit(local_folder: RunFolder) -> None:
-    command = [sys.executable, "-c", SAVE_FOR_EVER, local_folder.storage, str(Path(__file__).parents[2])]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(local_folder,), daemon=True)
+    process.start()
+    assert process.pid is not None
     try:
         deadline = time.monotonic() + 120
         while not steps_of(local_folder) or not unfinished(local_folder):
-            assert process.poll() is None, "the process ended by itself"
+            assert process.is_alive(), "the process ended by itself"
             assert time.monotonic() < deadline
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
             time.sleep(0.01)
-            process.send_signal(signal.SIGSTOP)  # so that what is seen is what the kill finds
+            os.kill(process.pid, signal.SIGSTOP)  # so that what is seen is what the kill finds
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert unfinished(local_folder)
     engine = engine_at(0, width=700)
     commit = open_checkpoints(local_folder, engine, attempt=next_attempt(local_folder))[0].load_newest()

@@ -1,14 +1,14 @@
 """A store is tokenised once: by one of several builders, and after a kill only what was not done."""
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from raytune.config.sections.data import DataSource
 from raytune.data.files import sources
 from raytune.data.rows.shards import ShardResult, ShardTask
-from raytune.data.store import drafts
+from raytune.data.store import drafts, tokenising
 from raytune.data.store.build import build_store
 from raytune.data.store.drafts import BuildProgress
 from raytune.data.store.store import Store, StoreInfo
@@ -26,34 +26,10 @@ from raytune.model.demo import demo_base_path
 from raytune.units import GIB
 from tests.tiny import tiny_request, tiny_rows, tiny_split
 
-ROOT = Path(__file__).parents[2]
 SEGMENT_BYTES = 2500
 
-# Tokenises three shards and half of a fourth, and says so.
-KILLED = f"""
-import sys, time
-from pathlib import Path
-from raytune.data.store import build
-from raytune.data.files import sources
-from raytune.data.store import tokenising
-from raytune.data.store.build import build_store
-from raytune.model.demo import demo_base_path
-from tests.tiny import tiny_request, tiny_split
-
-def some(function, tasks):
-    for task in tasks[:3]:
-        yield function(task)
-    tokenising._DOCUMENTS_AT_ONCE = 4
-    tokenising.rows_noted = lambda draft: wait
-    yield function(tasks[3])
-
-def wait(rows):
-    print("in the fourth", flush=True)
-    time.sleep(600)
-
-sources.SEGMENT_BYTES = {SEGMENT_BYTES}
-build_store(tiny_request(sys.argv[1], max_rows=None), tokenizer_path=str(demo_base_path()), folder=sys.argv[2], parallel_map=some)
-"""
+FORKED = multiprocessing.get_context("fork")
+"""A process that has imported everything."""
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +91,28 @@ def rows_of(info: StoreInfo) -> list[list[int]]:
     return [store.row(index).input_ids.tolist() for index in range(store.num_rows)]
 
 
-def killed_in_the_fourth(chats: str, stores: Path) -> subprocess.Popen:
+def killed_in_the_fourth(chats: str, stores: Path) -> ForkProcess:
     """A builder that has done three shards and is in the middle of a fourth."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, chats, str(stores)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "in the fourth\n"
+    is_in_the_fourth = FORKED.Event()
+    process = FORKED.Process(target=build_half_of_the_fourth, args=(chats, stores, is_in_the_fourth), daemon=True)
+    process.start()
+    assert is_in_the_fourth.wait(60)
     return process
+
+
+def build_half_of_the_fourth(chats: str, stores: Path, is_in_the_fourth: Event) -> None:
+    def wait(rows: object) -> None:
+        is_in_the_fourth.set()
+        time.sleep(600)
+
+    def some(function: Callable[[ShardTask], ShardResult], tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
+        for task in tasks[:3]:
+            yield function(task)
+        tokenising._DOCUMENTS_AT_ONCE = 4
+        tokenising.rows_noted = lambda draft: wait
+        yield function(tasks[3])
+
+    build_store(tiny_request(chats, max_rows=None), tokenizer_path=str(demo_base_path()), folder=stores, parallel_map=some)
 
 
 def test_who_waits_for_a_builder_that_is_killed_goes_on_at_once_with_its_shards(chats: str, tmp_path: Path) -> None:
@@ -134,9 +126,9 @@ def test_who_waits_for_a_builder_that_is_killed_goes_on_at_once_with_its_shards(
         assert not work.results, "as long as the other is at work"
         (draft,) = stores.iterdir()
         assert len(list(draft.glob("shards/*.*"))) == 1, "the fourth"
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         info = waiting.result(timeout=60)
-    process.communicate()
+    process.join()
     assert watch.told[0].builder == f"process {process.pid} on {os.uname().nodename}"
     assert not watch.told[0].is_own
     assert len(work.results) > 6

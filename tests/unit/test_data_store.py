@@ -356,7 +356,7 @@ def test_the_store_does_not_depend_on_how_its_sources_were_divided(tmp_path: Pat
 def test_shards_can_be_tokenised_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", tiny_rows(60))
     monkeypatch.setattr(sources, "SEGMENT_BYTES", 3000)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         info = build_store(
             tiny_request(path, max_rows=None),
             tokenizer_path=str(demo_base_path()),

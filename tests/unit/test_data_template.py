@@ -19,6 +19,7 @@ from raytune.data.templates.text_encoder import TextEncoder
 from raytune.data.templates.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer
+from tests.variants import chequered
 
 CORPUS = [message["content"] for row in tiny_rows(200) for message in row["messages"]] + [
     "<|im_start|>user\n### Instruction: [INST] assistant Ünïcödé \U0001f600 日本語 \n\n  spaces\tand tabs"
@@ -226,8 +227,7 @@ def tokens_and_mask(template: ChatTemplate, tokenizer: Any, row: Conversation, t
     return document.input_ids.tolist(), document.is_target.tolist()
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize(("name", "kind"), chequered(sorted(EXPECTED), [*TOKENIZERS]))
 def test_tokens_and_masks_equal_those_of_transformers_on_a_marked_template(name: str, kind: str) -> None:
     tokenizer = TOKENIZERS[kind]()
     template = template_of(name, tokenizer)

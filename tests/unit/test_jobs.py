@@ -2,16 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from raytune.cli import cli
 from raytune.clusters.dashboard import named_target, refuse_open
 from raytune.clusters.job import Job, meant
 from raytune.clusters.job_progress import progress_of, status_text
@@ -21,8 +21,6 @@ from raytune.config.load import load_config
 from raytune.errors import ClusterError, UserError
 from raytune.launch.state.record import RunRecord
 from raytune.run_folder import RunFolder
-
-LAUNCH = Path(__file__).parents[2] / "launch.py"
 
 JOB = Job(
     id="demo-1",
@@ -73,14 +71,18 @@ def test_this_machine_and_https_are_not_refused(url: str):
     assert refuse_open(url, has_token=False, insecure=False) is None
 
 
-def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path):
+def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tmp_path / "a.yaml"
     config.write_text("storage: /shared\nmodel: {base: demo}\n")
+    # As of a user who has no token: everybody has one for whom Ray has started a cluster.
+    for name in [name for name in os.environ if name.startswith("RAY_AUTH")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for words in (["submit", str(config), "--working-dir", str(tmp_path)], ["status"], ["logs"], ["stop", "x"]):
         # TEST-NET: a connection would take its time-out.
-        done = launch(*words, "--target", "http://192.0.2.99:8265", "--json", environment=without_token(tmp_path))
+        done = CliRunner().invoke(cli, [*words, "--target", "http://192.0.2.99:8265", "--json"])
         facts = json.loads(done.stdout)
-        assert (done.returncode, facts["error"]) == (2, "UserError"), done.stderr
+        assert (done.exit_code, facts["error"]) == (2, "UserError"), done.output
         assert "Nothing was sent" in facts["message"]
 
 
@@ -216,16 +218,6 @@ def prepared(config: Path) -> Submission:
     """What a training job of a config would be started from, beside which it lies."""
     files = [str(config)]
     return prepare_submission(load_config(files, []), "train", files, [], working_dir=config.parent, name=None)
-
-
-def without_token(home: Path) -> dict[str, str]:
-    """The environment of a user who has no token, as everybody has one for whom Ray has started a cluster."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | {"HOME": str(home)}
-
-
-def launch(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LAUNCH), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_sweep_is_not_sent_to_be_trained_as_one_run(tmp_path: Path):

@@ -214,6 +214,7 @@ def test_why_a_model_is_not_planned_comes_back_from_the_process(tmp_path: Path) 
         read_model_shape(str(tmp_path))
 
 
+@pytest.mark.slow  # often where such a model trains: numerics/test_own_code
 def test_code_beside_the_weights_that_is_trusted_makes_the_model(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"

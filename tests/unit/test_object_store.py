@@ -44,8 +44,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch, *, limit_s: float, patience_s: float)
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two attempts, half a second each."""
-    hurry(monkeypatch, limit_s=0.6, patience_s=0.6)
+    """Two attempts, a fifth of a second each."""
+    hurry(monkeypatch, limit_s=0.2, patience_s=0.6)
 
 
 def use(store: BadStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_store_that_forbids_is_the_users_matter(monkeypatch: pytest.MonkeyPatc
 def test_a_store_that_recovers_is_used(
     fault: Fault, s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hurry(monkeypatch, limit_s=4.0, patience_s=60.0)
+    hurry(monkeypatch, limit_s=2.0, patience_s=60.0)
     good = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     content = os.urandom(3 * SIZE)
     (tmp_path / "file").write_bytes(content)

@@ -22,6 +22,7 @@ from tests.peft_methods import METHODS
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
 from tests.unit.test_plan_memory import saved_bytes, workload
 from tests.unit.test_plan_shapes import CONFIGS
+from tests.variants import chequered
 
 FAMILIES = ["llama with biases", "llama tied", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen2", "mixtral", "qwen2_moe"]
 WIDE: dict[str, Any] = {
@@ -155,9 +156,9 @@ def test_fused_experts_get_nothing_and_the_plan_says_so(method: str) -> None:
     assert not [part for part in trained_by(adapter, shape).parts if part.kind == "experts"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["llama with biases", "qwen2", "gemma3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family", "precision"), chequered([*METHODS], ["llama with biases", "qwen2", "gemma3"], ["fp32", "bf16"])
+)
 def test_planned_activations_are_those_that_autograd_keeps(method: str, family: str, precision: Any) -> None:
     """As tests/unit/test_plan_memory.py holds it for the other methods: within 20 %."""
     config = type(CONFIGS[family])(**WIDE)

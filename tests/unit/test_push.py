@@ -313,12 +313,12 @@ def test_a_card_that_was_edited_there_stays(logged_in: StandIn, tiny: Path, tmp_
 def test_a_hub_that_asks_for_patience_is_asked_again_when_it_said(
     logged_in: StandIn, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logged_in.refusals = {"/api/repos/create": [Refusal(429, {"Retry-After": "2"})]}
+    logged_in.refusals = {"/api/repos/create": [Refusal(429, {"Retry-After": "1"})]}
     begun = time.monotonic()
     with caplog.at_level(logging.WARNING):
         raytune.push(tiny, NAME)
-    assert time.monotonic() - begun >= 2
-    assert "too many requests (HTTP 429); trying again in 2.0s" in caplog.text
+    assert time.monotonic() - begun >= 1
+    assert "too many requests (HTTP 429); trying again in 1.0s" in caplog.text
 
 
 def test_an_upload_that_is_cut_goes_on_and_one_that_failed_sends_no_large_file_twice(

@@ -86,7 +86,13 @@ def test_a_template_of_megabytes_is_none():
         opened(USUAL + "{# #}" * 300_000)
 
 
-def test_a_bomb_in_a_later_row_ends_the_work_and_not_the_row_alone():
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the time."""
+    monkeypatch.setattr(budget, "SECONDS", SECONDS / 5)
+
+
+def test_a_bomb_in_a_later_row_ends_the_work_and_not_the_row_alone(hasty: None):
     template = "{% if messages | length > 2 %}" + SLOW["loop of loops"] + "{% endif %}" + USUAL
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     renderer = Renderer(tiny_tokenizer(), template)
@@ -96,7 +102,7 @@ def test_a_bomb_in_a_later_row_ends_the_work_and_not_the_row_alone():
             call()
 
 
-def test_threads_are_ended_each_for_itself_and_go_on_afterwards():
+def test_threads_are_ended_each_for_itself_and_go_on_afterwards(hasty: None):
     results: list[object] = []
 
     def render(call: Callable[[], object]) -> None:
@@ -111,7 +117,7 @@ def test_threads_are_ended_each_for_itself_and_go_on_afterwards():
             pass
 
     def patient() -> str:
-        time.sleep(SECONDS + 1)  # which takes time of the wall only
+        time.sleep(budget.SECONDS + 1)  # which takes time of the wall only
         return "patient"
 
     threads = [

@@ -31,7 +31,7 @@ from raytune.tracking.watching import tracking
 from raytune.training.run import train
 from raytune.training.start.start import Worker
 from raytune.training.steps.recorder import Recorder
-from tests.tiny import store_plan, tiny_plan, tiny_store
+from tests.tiny import store_plan, tiny_base, tiny_plan, tiny_store
 from tests.trackers import READERS, Kept, MlflowServer, Points, RealMlflowServer, at_mlflow, mlflow_server
 from tests.variants import variants
 
@@ -287,10 +287,10 @@ def test_a_real_mlflow_server_that_is_killed_knows_everything_when_it_is_back(tm
 
 
 def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(server: MlflowServer, tmp_path: Path) -> None:
-    store = store_plan(tiny_store(tmp_path / "store"))
+    store, base = store_plan(tiny_store(tmp_path / "store")), tiny_base(tmp_path)
 
     def losses(folder: RunFolder, section: TrackingSection, at_steps: Callable[[], None]) -> list[tuple[int, float]]:
-        changes = {"data": {"train": store}, "optimization": {"num_steps": 6}, "template": ""}
+        changes = {"model": {"path": str(base)}, "data": {"train": store}, "optimization": {"num_steps": 6}, "template": ""}
         plan = tiny_plan(name=folder.name, storage=folder.storage, **changes)
         config = config_from({"name": folder.name, "storage": folder.storage, "model": {"base": "demo"}})
 
