@@ -7,10 +7,14 @@ would go through every object of these libraries, and copy their memory into eac
 
 import gc
 
-import deepspeed.module_inject.auto_ep_layer
-import deepspeed.ops.op_builder.all_ops
-import deepspeed.runtime.superoffload.superoffload_stage3
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+from raytune.missing import TAKEN_ALONG, left_out
+
+with left_out(*TAKEN_ALONG):  # as workers do
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.ops.op_builder.all_ops
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
 import numpy.ma  # noqa: F401
 import pytest  # noqa: F401
 import setuptools  # noqa: F401

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-# Often by `raytune submit`, which submits the same way: test_job_verbs.
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +26,7 @@ def submit(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow  # often by `raytune submit`, which submits the same way: test_job_verbs
 def test_a_submitted_run_trains_on_the_cluster_and_brings_its_logs_back(one_node: Cluster, tmp_path: Path) -> None:
     done = submit(
         one_node,
