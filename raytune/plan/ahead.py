@@ -209,10 +209,11 @@ def _file_bytes(sources: Iterable[DataSource]) -> list[int] | None:
 
 
 def _candidate(config: RunConfig, shape: ModelShape, data: DataFacts, instance: Instance, catalogue: Catalogue) -> Candidate:
-    refusal = None
-    for nodes in _numbers_of_nodes(config, instance):
+    refusal, numbers = None, _numbers_of_nodes(config, instance)
+    for nodes in numbers:
         try:
-            plan = _plan(config, shape, data, instance, catalogue, nodes)
+            # What would fit on fewer nodes than the most is what the next number is tried for.
+            plan = _plan(config, shape, data, instance, catalogue, nodes, advises=nodes == numbers[-1])
             if plan.cost is None:
                 raise UserError(
                     "Instance types are ranked by time and money, and the catalogue knows them for 16-bit training on GPUs only. "
@@ -233,10 +234,17 @@ def _numbers_of_nodes(config: RunConfig, instance: Instance) -> list[int]:
 
 
 def _plan(
-    config: RunConfig, shape: ModelShape, data: DataFacts, instance: Instance, catalogue: Catalogue, num_nodes: int
+    config: RunConfig,
+    shape: ModelShape,
+    data: DataFacts,
+    instance: Instance,
+    catalogue: Catalogue,
+    num_nodes: int,
+    *,
+    advises: bool = True,
 ) -> RunPlan:
     machine = Machine.rented(instance, catalogue.gpu_of(instance), num_nodes)
     cluster = config.cluster.model_copy(update={"instance": instance.name, "nodes": num_nodes})
     config = config.model_copy(update={"cluster": cluster})
     setting = settle(config, shape, machine, teacher=planned_teacher(config))
-    return choose_plan(setting, data, model_path=config.model.base, storage=config.storage)
+    return choose_plan(setting, data, model_path=config.model.base, storage=config.storage, advises=advises)

@@ -215,10 +215,11 @@ def test_a_body_without_end_is_not_read_to_its_end(endpoint: Endpoint) -> None:
     sent = 0
     with connected(endpoint) as endless:
         endless.sendall(f"{POST_COMPLETIONS}Transfer-Encoding: chunked\r\n\r\n".encode())
-        while not select.select([endless], [], [], 0)[0]:
-            assert sent < 16 * MOST_BODY, "nobody says that it is too much"
+        while sent < 2 * MOST_BODY and not select.select([endless], [], [], 0)[0]:
             endless.sendall(b"10000\r\n" + b" " * (1 << 16) + b"\r\n")
             sent += 1 << 16
+        # On a busy machine Ray's proxy has taken more by the time that the answer comes.
+        assert select.select([endless], [], [], 60)[0], "nobody says that it is too much"
         assert endless.recv(100).startswith(b"HTTP/1.1 413 ")
 
 

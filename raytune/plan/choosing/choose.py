@@ -74,6 +74,7 @@ def choose_plan(
     storage: str,
     content: dict[str, str] | None = None,
     teacher: TeacherFiles | None = None,
+    advises: bool = True,
 ) -> RunPlan:
     """Resolve everything.
 
@@ -84,6 +85,7 @@ def choose_plan(
         storage: absolute folder or URL of the run folders.
         content: of the base, as `ModelPlan.content`; None: it need not be here.
         teacher: what `distillation.teacher_section` names, where it is; None: it need not be here.
+        advises: as `choose_fit` takes it.
 
     Raises:
         UserError: (or PlanError) if it cannot be done as asked; the message says what could.
@@ -98,7 +100,7 @@ def choose_plan(
     method = method_of(adapter)
     in_epochs = rows_in_epochs(config, data, reasons)
     wanted_rows = default_rows_per_step(data.train.num_rows, in_epochs)
-    fit = choose_fit(setting, wanted_rows, data)
+    fit = choose_fit(setting, wanted_rows, data, advises=advises)
     snapshot = snapshot_plan(setting, fit)
     fit = with_copy(fit, snapshot.value, setting)
     reasons += reasons_for_fit(fit, setting, wanted_rows, data)

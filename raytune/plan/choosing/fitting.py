@@ -111,12 +111,13 @@ class Room:
         return on_device and (self.host is None or bytes_in(memory, "host") <= self.host)
 
 
-def choose_fit(setting: Setting, rows_per_step: int, data: DataFacts) -> Fit:
+def choose_fit(setting: Setting, rows_per_step: int, data: DataFacts, *, advises: bool = True) -> Fit:
     """The fastest way that fits; where nobody knows, the first: without checkpointing before with, lowest ZeRO stage, largest
     micro-batch.
 
     Args:
         rows_per_step: where the config does not say.
+        advises: whether to look for what would fit where nothing does, which takes longer than all else.
 
     Raises:
         PlanError: if none fits; the message names the nearest settings that do.
@@ -126,8 +127,10 @@ def choose_fit(setting: Setting, rows_per_step: int, data: DataFacts) -> Fit:
     if (first := next(fitting, None)) is not None:
         return first if first.step_time is None else _fastest([first, *fitting])
     smallest = min(_ways(setting, rows_per_step, data), key=lambda way: bytes_in(way.memory, "device"))
-    advice = islice(_advice(setting, rows_per_step, data), MAX_ADVICE)
-    raise PlanError(_too_large(smallest, room, setting, list(advice)), keys=("cluster.workers", "model.base"))
+    refusal = _too_large(smallest, room, setting)
+    if advises:
+        refusal = f"{refusal} {_way_out(setting, rows_per_step, data)}"
+    raise PlanError(refusal, keys=("cluster.workers", "model.base"))
 
 
 def _fastest(ways: list[Fit]) -> Fit:
@@ -325,6 +328,14 @@ def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int,
         return False
 
 
+def _way_out(setting: Setting, rows_per_step: int, data: DataFacts) -> str:
+    """What would fit, as a sentence."""
+    advice = list(islice(_advice(setting, rows_per_step, data), MAX_ADVICE))
+    if not advice:
+        return "No single change fits: use more or larger machines, or a smaller model."
+    return f"What would fit: {'; or '.join(advice)}."
+
+
 def _advice(setting: Setting, rows_per_step: int, data: DataFacts) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
     for changes in _kinds_of_change(setting):
@@ -429,7 +440,7 @@ def _with_smallest_micro_batch(config: RunConfig) -> tuple[str, RunConfig]:
     return text, config.model_copy(update={"training": training.model_copy(update=changed)})
 
 
-def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str:
+def _too_large(way: Fit, room: Room, setting: Setting) -> str:
     needed, limit, place, where = bytes_in(way.memory, "device"), room.device, "device", "GPU memory"
     if setting.device == "cpu":
         where = "the node's memory, per worker"
@@ -440,12 +451,7 @@ def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str
     there = parts_at(way.memory, place, fullest_moment(way.memory, place))
     parts = sorted(there, key=lambda part: -part.num_bytes)
     listed = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
-    nearest = (
-        f"What would fit: {'; or '.join(advice)}."
-        if advice
-        else "No single change fits: use more or larger machines, or a smaller model."
-    )
     return (
         f"The run does not fit: a worker needs at least {format_bytes(needed)} of {where}, and {format_bytes(limit)} can be used "
-        f"({USABLE_SHARE:.0%}; {way.batch.equation}, ZeRO stage {way.zero_stage}: {listed}). {nearest}"
+        f"({USABLE_SHARE:.0%}; {way.batch.equation}, ZeRO stage {way.zero_stage}: {listed})."
     )
