@@ -19,6 +19,7 @@ from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import ModelError, PlanError, UserError
 from raytune.plan.advise import advise
 from raytune.plan.ahead import BYTES_PER_TOKEN, assumed_data, compare, named_instances, plan_ahead
+from raytune.plan.choosing import fitting
 from raytune.plan.choosing.fitting import WORTH_CHOOSING
 from raytune.plan.costs.hardware import load_catalogue
 from raytune.plan.costs.memory import bytes_in
@@ -157,6 +158,24 @@ def test_as_few_nodes_as_hold_the_job_are_counted() -> None:
     (fixed,) = compare(job("70b-full-8-p5", "cluster.workers=64"), named_instances("p5.48xlarge"), TOKENS)
     assert fixed.plan
     assert (fixed.plan.cost and fixed.plan.cost.num_nodes, fixed.plan.batch.workers) == (8, 64)
+
+
+def test_a_way_out_is_looked_for_once_for_an_instance_that_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than all else, and on fewer nodes than the most the next number is the way out."""
+    asked: list[Any] = []
+    way_out = fitting._way_out
+
+    def counted(setting: Any, *others: Any) -> str:
+        asked.append(setting)
+        return way_out(setting, *others)
+
+    monkeypatch.setattr(fitting, "_way_out", counted)
+    candidates = compare(job("70b-full-8-p5"), named_instances("g5.xlarge,g6e.xlarge"), TOKENS)
+    refused = [one for one in candidates if one.plan is None]
+    assert [setting.machine.num_nodes for setting in asked] == [16] * len(refused)
+    assert refused
+    assert all("What would fit:" in str(one.refusal) for one in refused)
+    assert asked[0].trained is asked[1].trained, "what caches find by identity"
 
 
 def test_what_holds_no_job_comes_last_with_the_reason() -> None:

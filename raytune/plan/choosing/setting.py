@@ -35,7 +35,7 @@ from raytune.plan.model.quantization import check_quantization, quantization_lim
 from raytune.plan.model.rope import positions_of, resolve_rope
 from raytune.plan.model.shapes import ModelShape
 from raytune.plan.model.stored_quantization import check_stored_quantization
-from raytune.plan.model.trained import Trained
+from raytune.plan.model.trained import Trained, known
 from raytune.plan.rates.optimizers import check_optimizer
 from raytune.plan.run_plan import ObjectivePlan
 from raytune.plan.strategies.averaging import check_averaging
@@ -156,6 +156,7 @@ def look_at(
     trained = adapter and of(
         lambda: with_rates(phases[-1] if phases else trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape)
     )
+    phases, trained = phases and tuple(map(known, phases)), trained and known(trained)
     if trained is not None:
         of(lambda: check_rows_are_trained(trained, shape, section, strategy))
         of(lambda: check_penalty(config, trained))

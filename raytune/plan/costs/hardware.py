@@ -135,12 +135,13 @@ def _read_entries(path: Path, kind: type[Entry]) -> list[Entry]:
     lines: Any = node.plain if node else None
     if not isinstance(lines, list):
         raise UserError(f"The hardware catalogue {path} must be a list of entries.")
-    return [_entry(line, kind, path) for line in lines]
+    reader = TypeAdapter(kind)
+    return [_entry(line, reader, path) for line in lines]
 
 
-def _entry(line: Any, kind: type[Entry], path: Path) -> Entry:
+def _entry(line: Any, reader: TypeAdapter[Entry], path: Path) -> Entry:
     try:
-        return TypeAdapter(kind).validate_python(line)
+        return reader.validate_python(line)
     except ValidationError as error:
         name = line.get("name") if isinstance(line, dict) else line
         first = error.errors()[0]
