@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raytune.launch.cluster.drivers import may_have_gpus
+from raytune.launch.cluster.gpu_drivers import may_have_gpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from ray._private.workers import setup_worker
 
+from raytune.launch.cluster import fork_starter
 from raytune.launch.cluster.forking import Server
 
 OF_PYTEST = "PYTEST_CURRENT_TEST"
@@ -119,6 +121,15 @@ def test_without_its_server_a_worker_starts_as_ray_starts_it(server: Server, tmp
     server.load("no_module_is_called_so")  # as where a package is broken: the worker will say so
     lines = started(server, tmp_path).communicate(timeout=60)[0].splitlines()
     assert json.loads(lines[0])["parent"] == os.getpid()
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_starter, "ANSWER_S", 0.2)
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(str(tmp_path / "socket"))
+        stopped.listen()
+        with pytest.raises(OSError, match="timed out"):  # for which a worker is started as Ray starts it
+            fork_starter.forked(str(tmp_path / "socket"), ["/setup_worker.py"])
 
 
 def test_it_ends_and_removes_its_folder_when_its_command_is_killed(tmp_path: Path) -> None:

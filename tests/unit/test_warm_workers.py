@@ -16,7 +16,7 @@ import pytest
 
 from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import UserError
-from raytune.launch.cluster.drivers import may_have_gpus
+from raytune.launch.cluster.gpu_drivers import may_have_gpus
 from raytune.launch.cluster.warm import python_kept_warm, refuse_another_python
 
 on_nodes_without_gpus = pytest.mark.skipif(may_have_gpus(), reason="workers start as ever where a library may ask a GPU's driver")
@@ -125,12 +125,18 @@ def test_workers_of_command_after_command_are_forked_from_one_process(node: Node
 
 
 @on_nodes_without_gpus
-def test_what_libraries_would_have_read_otherwise_is_loaded_by_another_process(node: Node) -> None:
-    here, elsewhere = node.ended(), node.ended(HF_HOME="/elsewhere")
+def test_what_libraries_would_have_read_otherwise_is_loaded_by_another_process_which_takes_its_place(node: Node) -> None:
+    working = node.started("wait")
+    here = node.facts(working)
+    elsewhere = node.ended(HF_HOME="/elsewhere")
     assert (here["kept"], elsewhere["kept"]) == (1, 1)
     assert here["parent"] != elsewhere["parent"]
     assert elsewhere["environment"]["HF_HOME"] == "/elsewhere"
-    assert node.ended()["parent"] == here["parent"]
+    assert not is_gone(here["parent"]), "a worker is left"
+    working.communicate("\n", timeout=60)
+    assert working.returncode == 7
+    wait_until(lambda: is_gone(here["parent"]))  # else each change of the code would leave one
+    assert node.ended(HF_HOME="/elsewhere")["parent"] == elsewhere["parent"]
 
 
 @on_nodes_without_gpus

@@ -27,7 +27,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytune.launch.cluster.fork_starter import EXIT_CODE, FORKED, REFUSED, SETS_UP, SIZE, THREADS, as_libraries_see
+from raytune.launch.cluster.fork_starter import (
+    EXIT_CODE,
+    FORKED,
+    LEAVE,
+    REFUSED,
+    SETS_UP,
+    SIZE,
+    THREADS,
+    as_libraries_see,
+    cgroup,
+)
 from raytune.missing import TAKEN_ALONG, left_out
 
 FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
@@ -58,7 +68,7 @@ def main(listener: int, path: str) -> NoReturn:
 
 def stay(listener: int, path: str, modules: Sequence[str], raylet: int, idle_s: float) -> NoReturn:
     """Answer starters of one raylet, for command after command, until that raylet ends, or for `idle_s` none of them has had a
-    worker, or a file of what is loaded is not what it was.
+    worker, or a file of what is loaded is not what it was, or it is told to leave.
 
     Args:
         listener, path: as for `main`; the socket is removed.
@@ -112,8 +122,8 @@ def _serve(
         listening: descriptor of the socket whose path it is.
         lifeline: descriptor; when something can be read from it, `goes_on` reads it and says whether this is to go on.
         idle_s: after which it ends where nobody has a process; None: never.
-        is_current: whether it may be forked from still. Once it may not, the socket is given up, and this ends with its last
-            process.
+        is_current: whether it may be forked from still. Once it may not, or is told to leave, the socket is given up, and this
+            ends with its last process.
     """
     ended, wakeup = socket.socketpair()
     wakeup.setblocking(False)
@@ -136,7 +146,7 @@ def _serve(
                         return
                 elif key.fileobj is listener:
                     starter, _ = listener.accept()
-                    if not is_current():
+                    if starter.recv(SIZE.size, socket.MSG_PEEK) == LEAVE or not is_current():
                         listens = False
                         path.unlink(missing_ok=True)  # the next starter has another one made; who is here by now starts by itself
                         selector.unregister(listener)
@@ -213,6 +223,7 @@ def _can_fork(asked: Asked) -> bool:
         and context.get("py_executable", sys.executable) == sys.executable
         and context.get("override_worker_entrypoint") is None
         and as_libraries_see(asked["environment"] | context.get("env_vars", {})) == as_libraries_see(_environment)
+        and asked["cgroup"] == cgroup()
         and sum(name not in FORK_SAFE_THREADS for name in threads) == 1
     )
 

@@ -15,6 +15,8 @@ import sys
 FORKED, REFUSED = b"f", b"r"
 EXIT_CODE = struct.Struct("!i")
 SIZE = struct.Struct("!I")
+LEAVE = SIZE.pack(0)
+"""In place of what is asked for: that the server forks for nobody any more."""
 SETS_UP = "/setup_worker.py"
 """Ray's script that sets the environment of a worker, and then calls the worker's own."""
 OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT"}
@@ -25,6 +27,9 @@ OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
 OF_RAY = "RAY_"
 """How names begin of what Ray alone reads, when a worker loads it. The server does not: Ray's C++ keeps the environment as it was
 then, and processes that were forked with it (2.60) died now and then of segmentation faults, in the middle of a run."""
+
+ANSWER_S = 120.0
+"""Longest wait for a server, which may be loading what it is to have loaded."""
 
 
 def main() -> None:
@@ -45,6 +50,12 @@ def as_libraries_see(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in unread and not name.startswith(OF_RAY)}
 
 
+def cgroup() -> str:
+    """Which limits of the kernel this process is under: it hands them on to what is forked from it."""
+    with open("/proc/self/cgroup") as file:
+        return file.read()
+
+
 def forked(server: str, arguments: list[str]) -> int | None:
     """Have a worker forked.
 
@@ -54,6 +65,9 @@ def forked(server: str, arguments: list[str]) -> int | None:
 
     Returns:
         The exit code of the worker, once it has ended; None if it has to be started here.
+
+    Raises:
+        OSError: if there is no server any more, or it does not answer: the worker has to be started here then too.
     """
     with open("/proc/self/oom_score_adj") as file:
         oom_score = file.read()
@@ -61,6 +75,7 @@ def forked(server: str, arguments: list[str]) -> int | None:
         "arguments": arguments,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
+        "cgroup": cgroup(),
         # What Ray has set for the process that it means to start.
         "niceness": os.nice(0),
         "oom_score": oom_score,
@@ -68,11 +83,13 @@ def forked(server: str, arguments: list[str]) -> int | None:
     }
     payload = json.dumps(asked).encode()
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(ANSWER_S)
         connection.connect(server)
         socket.send_fds(connection, [SIZE.pack(len(payload))], [0, 1, 2])
         connection.sendall(payload)
         if connection.recv(1) != FORKED:
             return None
+        connection.settimeout(None)
         code = connection.recv(EXIT_CODE.size)  # once it ends
         return EXIT_CODE.unpack(code)[0] & 0xFF if code else 1
 

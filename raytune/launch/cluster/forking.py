@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raytune.launch.cluster import fork_starter
-from raytune.launch.cluster.drivers import may_have_gpus
+from raytune.launch.cluster.gpu_drivers import may_have_gpus
 
 OF_RANKS = ("raytune.training.start.start", "raytune.training.tasks")
 """What each rank loads, whatever it is about to train."""

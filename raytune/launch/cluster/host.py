@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raytune.config.sections.cluster import ClusterSection
 from raytune.config.sections.model import Attention
-from raytune.launch.cluster.drivers import may_have_gpus
+from raytune.launch.cluster.gpu_drivers import may_have_gpus
 from raytune.plan.facts.machine import Machine
 
 

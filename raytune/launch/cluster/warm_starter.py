@@ -14,11 +14,12 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from raytune.launch.cluster.drivers import may_have_gpus
-from raytune.launch.cluster.fork_starter import as_libraries_see, forked
+from raytune.launch.cluster.fork_starter import LEAVE, as_libraries_see, forked
+from raytune.launch.cluster.gpu_drivers import may_have_gpus
 
 WORKER = "/default_worker.py"
 RAYLET = "--raylet-name="
+SOCKETS = "warm-"
 LOG = "raytune-warm.log"
 _SERVE = (
     "import sys; from raytune.launch.cluster.fork_server import stay; "
@@ -50,10 +51,12 @@ def _server(sockets: Path, modules: str, idle_s: str, threads: str) -> str:
         name: value for name, value in os.environ.items() if not name.startswith("RAY_")
     }
     seen = as_libraries_see(environment) | {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]}
-    path = sockets / f"warm-{sha256(repr((sys.executable, modules, idle_s, sorted(seen.items()))).encode()).hexdigest()[:7]}"
-    with open(f"{path}.lock", "w") as lock:
+    path = sockets / f"{SOCKETS}{sha256(repr((sys.executable, modules, idle_s, sorted(seen.items()))).encode()).hexdigest()[:7]}"
+    with open(sockets / "warm.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _answers(path):
+            for other in sockets.glob(f"{SOCKETS}*"):  # of settings or code that have changed since: half a gigabyte each
+                _answers(other, LEAVE)
             path.unlink(missing_ok=True)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(path))
@@ -62,10 +65,12 @@ def _server(sockets: Path, modules: str, idle_s: str, threads: str) -> str:
     return str(path)
 
 
-def _answers(path: Path) -> bool:
+def _answers(path: Path, message: bytes = b"") -> bool:
+    """Whether a server listens there, which is told something then."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(path))
+            connection.sendall(message)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
     return True
