@@ -2,6 +2,7 @@
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_the_modules_of_a_row_read_the_key(key: str) -> None:
             assert name in names_used(module), f"{module} does not use {name}"
 
 
+@cache
 def names_used(module: str) -> set[str]:
     """Attributes that a module looks at, fields that it declares, and texts in it, by which some code asks for an attribute."""
     tree = ast.parse((ROOT / "raytune" / Path(*module.split("."))).with_suffix(".py").read_text())
