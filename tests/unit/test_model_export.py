@@ -160,7 +160,7 @@ def test_adapters_load_in_plain_peft_and_merge_to_the_same_model(case: str, base
         torch.testing.assert_close(logits(plain.merge_and_unload()), logits(merged), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.slow  # often in test_expert_updates, by the code of cards in test_model_card, and in numerics/test_exports
+@pytest.mark.slow  # often by the code of cards in test_model_card, and in numerics/test_exports
 def test_what_is_written_needs_no_raytune(bases: dict[str, Path], tmp_path: Path) -> None:
     model = trained(bases["tied"], LoraAdapter(rank=4, init="pissa"))
     save_adapter(model, state(model), tmp_path / "adapter")

@@ -22,7 +22,7 @@ from raytune.sweeps.results import SweepResult
 from tests.pages import Page, assert_needs_nothing_else
 from tests.run_cases import left_run
 from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, trial_result
-from tests.variants import chequered
+from tests.variants import chequered, variants
 
 CONFIG = "name: quickstart-sweep\nsweep:\n  space:\n    adapter.rank: [4, 8]  # <b>&amp;</b>\n"
 CASES = list(cases())
@@ -44,7 +44,7 @@ def pixels(image: bytes) -> np.ndarray:
 # --- Files -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize("place", variants(["remote"], ["local"]))
 def test_page_and_figures_are_written_where_the_sweep_lies(place: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "a sweep") if place == "local" else f"memory://{uuid.uuid4().hex}/sweep"
     path = write_sweep_page(halved_sweep(), CONFIG, folder + "/")
