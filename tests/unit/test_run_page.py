@@ -209,7 +209,8 @@ def test_the_marks_of_a_row_are_the_targets_of_its_store(tmp_path: Path) -> None
     told = left_run(tmp_path / "told", plan=plan.model_copy(update={"storage": str(tmp_path / "told"), "data_report": report}))
     lines = [" ".join(line.split()) for line in length_lines(info.report.sources[0].lengths)]
     assert sum(int(line.split()[3]) for line in lines) == 12
-    assert all(line in text_of(page_at(told)) for line in lines)
+    text = text_of(page_at(told))
+    assert all(line in text for line in lines)
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------------------
