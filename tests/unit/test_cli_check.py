@@ -110,7 +110,7 @@ def test_files_and_overrides_are_told_apart():
 def test_version_and_help_answer():
     assert launch("--version").stdout.startswith("raytune ")
     for verb in ([], ["check"], ["explain"], ["schema"]):
-        assert "Usage: raytune" in launch(*verb, "--help").stdout
+        assert "Usage: raytune" in CliRunner().invoke(cli, [*verb, "--help"], prog_name="raytune").stdout
 
 
 def test_a_closed_pipe_is_no_error():
