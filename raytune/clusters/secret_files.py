@@ -1,7 +1,8 @@
 """Files that hold secrets: by their names, by the folders in which they lie, and by what stands in them."""
 
+import re
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 
 from raytune.credentials import find_secrets
@@ -19,12 +20,13 @@ SECRET_FILES = (
 SECRET_FOLDERS = (".ssh", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".huggingface", ".kaggle", ".password-store")
 """Names of folders of which every file is one."""
 
+_A_SECRET_FILE = re.compile("|".join(map(translate, SECRET_FILES)))
 _PIECE, _OVERLAP = 4 * MIB, 8 * KIB
 
 
 def looks_secret(name: str) -> bool:
     """Whether a file is called as files with secrets are. Programs may be about them: what is in these tells."""
-    return not name.endswith(".py") and any(fnmatch(name.lower(), pattern) for pattern in SECRET_FILES)
+    return not name.endswith(".py") and _A_SECRET_FILE.fullmatch(name.lower()) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,7 @@ def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Co
             if secret := secret_in(found[name]):
                 left.refused[name] = secret.reason
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
-            files.update(
-                (f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", PACKAGE.resolve(), (), frozenset(), _Left())
-            )
-            if HARDWARE.is_dir():  # of an editable installation, which has the catalogue beside the package
-                files.update((f"raytune/plan/{PACKAGED_HARDWARE.name}/{path.name}", path) for path in HARDWARE.glob("*.yaml"))
+            files.update(_own_code())
     return Contents(
         files=dict(sorted(files.items())),
         refused=dict(sorted(left.refused.items())),
@@ -202,6 +199,15 @@ def path_in_job(folder: Path, name: str) -> str:
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _own_code() -> dict[str, Path]:
+    """The package that runs here, as a job takes it along."""
+    files = {f"raytune/{name}": path for name, path in _walk(PACKAGE, "", PACKAGE.resolve(), (), frozenset(), _Left())}
+    if HARDWARE.is_dir():  # of an editable installation, which has the catalogue beside the package
+        files |= {f"raytune/plan/{PACKAGED_HARDWARE.name}/{path.name}": path for path in HARDWARE.glob("*.yaml")}
+    return files
 
 
 def _walk(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -210,9 +211,11 @@ class HeldModels:
 
     def _let_go(self) -> None:
         if self._base is not None:
+            weights = [weakref.ref(weight) for weight in self._base.parameters()]
             self._base = self._adapted = self._switch = self._settings = None
             self._files, self._adapters = (), {}
-            gc.collect()  # before the next one is loaded
+            if any(weight() is not None for weight in weights):  # of layers that refer to each other
+                gc.collect()  # before the next one is loaded; it goes through all objects of the process
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -9,12 +9,14 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from ray.autoscaler._private.aws import node_provider
 from ray.autoscaler._private.aws.utils import resource_cache
 from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.providers import _get_node_provider
@@ -64,6 +66,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
         }.items():
             patch.setenv(f"AWS_{name}", value)
         patch.setenv("MOTO_RECORDER_FILEPATH", str(folder / "recording"))
+        # Ray asks for all types of machines for every file, which are a megabyte of XML and the same each time.
+        patch.setattr(node_provider, "list_ec2_instances", cache(node_provider.list_ec2_instances))
         resource_cache.cache_clear()
         ec2, stacks = boto3.client("ec2"), boto3.client("cloudformation")
         vpc = ec2.create_vpc(CidrBlock="10.77.0.0/16")["Vpc"]["VpcId"]

@@ -15,6 +15,7 @@ from raytune.clusters.provider import KUBERAY, Target
 from raytune.config.load import config_from
 from raytune.errors import UserError
 from tests.cluster.cases import INSTANCES, MARKETS, PLANNED, manifests_of, nodes_by_plan, spec_of, text_of
+from tests.variants import chequered
 from tests.yaml_text import read_yaml
 
 CRDS = Path(__file__).parent / "crds"
@@ -72,9 +73,7 @@ def test_the_schemas_refuse_what_the_operator_would() -> None:
         assert problems(broken)
 
 
-@pytest.mark.parametrize("target", KUBERAY)
-@pytest.mark.parametrize("market", MARKETS)
-@pytest.mark.parametrize("instance", INSTANCES)
+@pytest.mark.parametrize(("instance", "market", "target"), chequered([*INSTANCES], [*MARKETS], KUBERAY))
 def test_every_manifest_fits_the_schema(instance: str, market: str, target: Target) -> None:
     sections = copy.deepcopy(MARKETS[market])
     assert problems(manifests_of(instance, target, **sections)[-1]) == []

@@ -34,6 +34,7 @@ from tests.cluster.cases import (
     spec_of,
     text_of,
 )
+from tests.variants import chequered
 from tests.yaml_text import read_yaml
 
 AWS, GCP, AZURE = FAMILIES["aws"], FAMILIES["gcp"], FAMILIES["azure"]
@@ -127,8 +128,7 @@ def shape_of_ec2s_parameters() -> Any:
     return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
-@pytest.mark.parametrize("market", [*MARKETS, "capacity-block"])
-@pytest.mark.parametrize("instance", AWS)
+@pytest.mark.parametrize(("market", "instance"), chequered([*MARKETS, "capacity-block"], AWS))
 def test_aws_accepts_the_parameters_of_head_and_workers(instance: str, market: str) -> None:
     from botocore.validate import ParamValidator
 

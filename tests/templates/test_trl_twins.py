@@ -7,8 +7,10 @@ import pytest
 
 from tests.templates.shapes import SHAPES
 from tests.templates.twins import families, twins_folder, verdict, without_blocks
+from tests.variants import variants
 
 FOLDER = twins_folder()
+NAMES = families(FOLDER) if FOLDER else []
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="trl is not installed")
 
 
@@ -24,12 +26,12 @@ def _differing(original: str, twin: str) -> list[str]:
     return [f"{shape}: {found.why}" for shape, found in verdicts.items() if found.word == "DIFFERS"]
 
 
-@pytest.mark.parametrize("name", families(FOLDER) if FOLDER else [])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_original_is_masked_as_its_twin_is_marked_or_the_row_is_refused_with_the_cause(name: str) -> None:
     assert not _differing(*_texts(name))
 
 
-@pytest.mark.parametrize("name", families(FOLDER) if FOLDER else [])
+@pytest.mark.parametrize("name", variants(NAMES[::2], NAMES[1::2]))
 def test_a_twin_without_its_markers_is_masked_as_with_them(name: str) -> None:
     _, twin = _texts(name)
     assert not _differing(without_blocks(twin), twin)

@@ -34,8 +34,10 @@ def test_every_verb_is_a_function_with_words_for_each_argument() -> None:
 
 
 def test_a_plan_is_that_of_the_command_line_where_an_event_loop_runs_too(tmp_path: Path) -> None:
-    settings = {"storage": str(tmp_path), "training": {"max_steps": 20}}
-    typed = ["plan", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.max_steps=20", "--json"]
+    few = {"path": "demo:train", "max_rows": 20}
+    settings = {"storage": str(tmp_path), "training": {"max_steps": 20}, "data": {"train": few}}
+    typed = ["plan", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.max_steps=20"]
+    typed += [f"data.train={json.dumps(few)}", "--json"]
 
     async def called() -> str:
         return raytune.make_plan("configs/recipes/quickstart.yaml", **settings).model_dump_json()
@@ -51,7 +53,8 @@ def test_a_plan_for_machines_that_are_not_there_needs_the_amount_of_data_alone()
 
 
 def test_a_check_says_everything_at_once_and_looks_at_rows(tmp_path: Path) -> None:
-    found = raytune.check("configs/recipes/quickstart.yaml", storage=str(tmp_path))
+    few = {"path": "demo:train", "max_rows": 20}
+    found = raytune.check("configs/recipes/quickstart.yaml", storage=str(tmp_path), data={"train": few})
     assert "demo" in str(found)
     with pytest.raises(UserError) as refused:
         raytune.check({"data": {"train": str(tmp_path / "none.jsonl")}, "model": {"base": str(tmp_path)}})

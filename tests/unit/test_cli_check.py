@@ -50,9 +50,9 @@ def test_a_good_config_is_summarised_with_exit_code_0(good: str):
 
 
 def test_what_overrides_change_is_told_with_what_they_drop(good: str):
-    assert "Changed" not in CliRunner().invoke(cli, ["check", good]).stdout
-    assert "Changed" not in CliRunner().invoke(cli, ["check", good, "training.seed=7"]).stdout
-    told = CliRunner().invoke(cli, ["check", good, "adapter.method=full", "storage=/runs", "--json"]).stdout
+    assert "Changed" not in CliRunner().invoke(cli, ["check", "--fast", good]).stdout
+    assert "Changed" not in CliRunner().invoke(cli, ["check", "--fast", good, "training.seed=7"]).stdout
+    told = CliRunner().invoke(cli, ["check", "--fast", good, "adapter.method=full", "storage=/runs", "--json"]).stdout
     changes = {change["key"]: (change["before"], change["after"]) for change in json.loads(told)["overridden"]}
     assert (changes["storage"], changes["adapter.method"]) == (("runs", "/runs"), ("lora", "full"))
     assert changes["adapter.rank"] == (16, None)
@@ -110,7 +110,7 @@ def test_files_and_overrides_are_told_apart():
 def test_version_and_help_answer():
     assert launch("--version").stdout.startswith("raytune ")
     for verb in ([], ["check"], ["explain"], ["schema"]):
-        assert "Usage: raytune" in launch(*verb, "--help").stdout
+        assert "Usage: raytune" in CliRunner().invoke(cli, [*verb, "--help"], prog_name="raytune").stdout
 
 
 def test_a_closed_pipe_is_no_error():
@@ -133,8 +133,8 @@ def test_verbs_that_start_nothing_import_nothing_heavy(verb: list[str], bad: str
 
 
 def test_check_answers_at_once(bad: str, capsys: pytest.CaptureFixture[str]):
-    spent = min(cpu_seconds([str(LAUNCH), "check", bad]) for _ in range(3))
-    bare = min(cpu_seconds(["-c", "pass"]) for _ in range(3))
+    spent = min(cpu_seconds([str(LAUNCH), "check", bad]) for _ in range(2))
+    bare = min(cpu_seconds(["-c", "pass"]) for _ in range(2))
     with capsys.disabled():
         sys.stdout.write(f"\ncheck of a bad file: {spent - bare:.3f} s of CPU over bare Python\n")
     assert spent - bare < 2  # the goal is 0.3 s (measured: 0.19 s); machines differ, a heavy import costs 2 s anywhere

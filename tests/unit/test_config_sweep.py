@@ -60,7 +60,9 @@ def test_every_shipped_config_checks_where_its_rows_are(path: Path, tmp_path: Pa
         rows = (f'{{"prompt": "question {row}", "completion": "answer"}}\n' for row in range(20))
         (tmp_path / source.path).write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, ["check", str(path), f"model.base={base}", "--json"])
+    sources = {f"data.{kind}.{n}": each for kind in ("train", "validation") for n, each in enumerate(getattr(config.data, kind))}
+    few = [f"{key}={{path: '{each.path}', max_rows: 20}}" for key, each in sources.items() if each.path.startswith("demo:")]
+    done = CliRunner().invoke(cli, ["check", str(path), f"model.base={base}", *few, "--json"])
     assert done.exit_code == 0, done.output
     assert (json.loads(done.stdout)["config"]["sweep"] is not None) == (path.parent.name == "sweeps")
 

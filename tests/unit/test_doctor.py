@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from raytune.cli import cli
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 
 
 def doctor(**environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code, and findings by name."""
-    done = run("doctor", "--json", environment=environment)
+    done = CliRunner().invoke(cli, ["doctor", "--json"], env=environment)
     assert done.stderr == ""
-    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)["checks"]}
+    return done.exit_code, {finding["name"]: finding for finding in json.loads(done.stdout)["checks"]}
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

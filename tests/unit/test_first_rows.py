@@ -22,8 +22,9 @@ from raytune.data.files.readers import read_segment
 from raytune.data.files.source_files import find_files
 from raytune.data.files.sources import scan
 from raytune.units import MIB
+from tests.variants import chequered
 
-ROWS = [{"prompt": f"question {number}, " + "words\n\n" * 1500, "completion": f"answer {number}"} for number in range(1500)]
+ROWS = [{"prompt": f"question {number}, " + "words\n\n" * 1500, "completion": f"answer {number}"} for number in range(1000)]
 
 
 class Fetched:
@@ -78,22 +79,21 @@ def values(files: list[Any], most: int) -> list[tuple[str, int, Any]]:
     return [row for row, _ in zip(read, range(most))]
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "is_piecewise"),
-    [
-        ("a.jsonl", lines, True),
-        ("a.csv", table, True),
-        ("a.parquet", parquet, True),
-        ("a.txt", lines, True),
-        ("a.jsonl.gz", lambda: gzip.compress(lines(), 0), True),
-        ("a.jsonl.bz2", lambda: bz2.compress(lines()[: 4 * MIB]), False),  # which is small
-        ("a.json", lambda: json.dumps(ROWS).encode(), False),
-    ],
-)
-@pytest.mark.parametrize("most", [1, 20])
-def test_the_first_rows_are_those_of_the_whole_file(
-    name: str, make: Callable[[], bytes], is_piecewise: bool, most: int, store: type[Fetched], tmp_path: Path
-) -> None:
+FILES: dict[str, tuple[Callable[[], bytes], bool]] = {
+    "a.jsonl": (lines, True),
+    "a.csv": (table, True),
+    "a.parquet": (parquet, True),
+    "a.txt": (lines, True),
+    "a.jsonl.gz": (lambda: gzip.compress(lines(), 0), True),
+    "a.jsonl.bz2": (lambda: bz2.compress(lines()[: 4 * MIB]), False),  # which is small
+    "a.json": (lambda: json.dumps(ROWS).encode(), False),
+}
+"""What makes a file, and whether it is read in pieces."""
+
+
+@pytest.mark.parametrize(("name", "most"), chequered([*FILES], [1, 20]))
+def test_the_first_rows_are_those_of_the_whole_file(name: str, most: int, store: type[Fetched], tmp_path: Path) -> None:
+    make, is_piecewise = FILES[name]
     content = make()
     url = put(name, content)
     source = DataSource(path=url, max_rows=most)

@@ -1,6 +1,7 @@
 """Models that are asked in turn: each computes what it does alone, whatever lay over its base before."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=IDS).logits[:, -IDS.shape[1] :]
 
 
+@cache
 def alone(saved: Path, name: str) -> Tensor:
     base = AutoModelForCausalLM.from_pretrained(saved / "base").eval()
     return logits(base if name == "base" else PeftModel.from_pretrained(base, str(saved / name)).eval())

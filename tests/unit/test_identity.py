@@ -163,7 +163,7 @@ RUN = {
     "name": "divided",
     "data": {"train": {"path": "demo:train", "max_rows": 40}, "max_length": 256},
     "adapter": {"method": "lora", "rank": 2, "target_modules": ["q_proj"]},
-    "training": {"max_steps": 4, "learning_rate": 1e-3},
+    "training": {"max_steps": 4, "learning_rate": 1e-3, "global_batch_size": 4},
     "checkpoint": {"every_steps": 2},
 }
 

@@ -96,7 +96,7 @@ def test_words_have_the_tokens_that_the_whole_text_has(kind: str) -> None:
         "中文",
     ]
 
-    @settings(PATIENT, max_examples=60)
+    @settings(PATIENT, max_examples=2 * settings().max_examples)
     @given(st.lists(st.lists(st.text(max_size=4) | st.sampled_from(pieces), max_size=12).map("".join), max_size=6))
     def holds(texts: list[str]) -> None:
         for found, expected in zip(words.tokens_of(texts), asked(backend, texts), strict=True):

@@ -29,6 +29,7 @@ from raytune.model.files.export import save_adapter, save_model
 from raytune.model.load import load_model
 from raytune.model.merging.merge import merge_adapter
 from tests.tiny import save_tiny_model, tiny_plan, tiny_tokenizer
+from tests.variants import variants
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 60, (2, 25), generator=torch.Generator().manual_seed(3))
@@ -136,8 +137,14 @@ CASES: dict[str, tuple[str, Adapter]] = {
     "experts-saved": ("mixtral", LoraAdapter(rank=4, target_modules=["q_proj"], modules_to_save=["mlp.experts"])),
 }
 
+SELDOM = [
+    *("lora-bias", "tied-embedding-saved", "gpt2-dora", "ia3-gpt2", "ia3-head-saved"),
+    *("rslora-patterns", "pissa-gpt2", "pissa-dora", "orthogonal"),
+]
+"""Cases whose parts are those of others."""
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize("case", variants([case for case in CASES if case not in SELDOM], SELDOM))
 def test_adapters_load_in_plain_peft_and_merge_to_the_same_model(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     name, adapter = CASES[case]
     model = trained(bases[name], adapter)
@@ -160,7 +167,7 @@ def test_adapters_load_in_plain_peft_and_merge_to_the_same_model(case: str, base
         torch.testing.assert_close(logits(plain.merge_and_unload()), logits(merged), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.slow  # often in test_expert_updates, by the code of cards in test_model_card, and in numerics/test_exports
+@pytest.mark.slow  # often by the code of cards in test_model_card, and in numerics/test_exports
 def test_what_is_written_needs_no_raytune(bases: dict[str, Path], tmp_path: Path) -> None:
     model = trained(bases["tied"], LoraAdapter(rank=4, init="pissa"))
     save_adapter(model, state(model), tmp_path / "adapter")

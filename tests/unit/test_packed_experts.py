@@ -29,6 +29,7 @@ from raytune.plan.run_plan import RunPlan
 from tests.tiny import tiny_plan, tiny_tokenizer
 from tests.unit.test_expert_updates import FUSED, saved_base
 from tests.unit.test_model_export import CPU, IDS, logits, state, trained
+from tests.variants import chequered
 
 FAMILIES = ["mixtral", "qwen2_moe, with a shared expert", "gpt_oss, the other way round"]
 FROZEN = QloraAdapter(method="qlora", rank=3, target_modules="attention")
@@ -106,9 +107,7 @@ def test_packed_experts_compute_what_their_expanded_weights_do(family: str, tmp_
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "double", "dtype"), chequered(["nf4", "fp4"], [True, False], ["fp32", "bf16"]))
 def test_experts_are_packed_as_the_config_says(kind: Any, double: bool, dtype: str, tmp_path: Path) -> None:
     adapter = QloraAdapter(
         method="qlora", rank=3, target_modules="attention", quantization=kind, double_quantization=double, quant_storage="uint8"
@@ -152,8 +151,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("family", "case"), chequered(FAMILIES, [*CASES]))
 def test_the_merged_model_computes_what_was_trained_over_packed_experts(family: str, case: str, tmp_path: Path) -> None:
     base = saved_base(family, tmp_path / "base")
     adapter = QloraAdapter(method="qlora", rank=3, **CASES[case])

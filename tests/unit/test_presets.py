@@ -13,6 +13,7 @@ from raytune.config.words.guides import guides
 from raytune.plan.methods import METHODS
 from raytune.sweeps.space import trial_config, trials_of
 from tests.unit.plan_cases import planned
+from tests.variants import chequered
 
 PLANNED = {"adapter", "training"}
 
@@ -49,8 +50,7 @@ def test_what_is_written_wins_in_files_and_on_the_command_line(tmp_path: Path):
     assert load_config([tmp_path / "high.yaml"], ["preset=null"]) == load_config([])
 
 
-@pytest.mark.parametrize("name", get_args(Preset))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), chequered([*METHODS], get_args(Preset)))
 def test_a_preset_suits_every_method_and_survives_a_round_trip(method: str, name: str, tmp_path: Path):
     config = config_from({"preset": name, "adapter": {"method": method}, "training": {"lr_scheduler_type": "constant"}})
     assert config.adapter.method == method

@@ -13,6 +13,7 @@ from raytune.plan.rates.rate_range import RateRange, cautions
 from raytune.report.figures.canvas import LIGHT, png
 from raytune.report.figures.rates import rate_curve
 from raytune.report.rate_page import rate_page, write_rate_page
+from tests.variants import chequered
 
 TRIED = RateRange(low=1e-6, high=1.0, num_steps=60)
 FALLS = [6 - 4 / (1 + math.exp(-4 * (math.log10(TRIED.rate(step)) + 3.5))) for step in range(60)]
@@ -56,8 +57,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("shape", ["exponential", "linear"])
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize(("name", "shape"), chequered([*CURVES], ["exponential", "linear"]))
 def test_every_curve_can_be_drawn(name: str, shape) -> None:
     tried = TRIED.model_copy(update={"shape": shape})
     assert png(rate_curve(found_rate(CURVES[name], tried=tried))).startswith(b"\x89PNG\r\n")

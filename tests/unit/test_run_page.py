@@ -20,7 +20,7 @@ from raytune.metrics.points import Point
 from raytune.plan.data.data_report import DataReport
 from raytune.plan.data.row_lengths import length_lines
 from raytune.report.at_end import leave_page
-from raytune.report.figures.canvas import DARK, LIGHT, Theme, png
+from raytune.report.figures.canvas import DARK, LIGHT, png
 from raytune.report.figures.run_curves import Curves, Mark, run_curves, set_losses
 from raytune.report.marks import marked
 from raytune.report.run_page import curves_of, write_run_page
@@ -29,6 +29,7 @@ from raytune.run_folder import RunFolder
 from tests.pages import Page, assert_needs_nothing_else
 from tests.run_cases import left_run, planned, sample, score
 from tests.tiny import store_plan, tiny_store
+from tests.variants import chequered
 
 MARKUP = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE = MARKUP + ("\x1b[31m\x00 \u202egnirts\u2066 \udcff &amp; {{ 7*7 }}")
@@ -45,7 +46,7 @@ def text_of(page: Page) -> str:
 # --- What it shows -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_shows_what_it_came_to_and_needs_nothing_else(tmp_path: Path) -> None:
+def test_a_finished_run_shows_what_it_came_to_says_that_its_rows_are_elsewhere_and_needs_nothing_else(tmp_path: Path) -> None:
     answers = [
         sample(0, "yes", "no", "yes"),
         sample(1, "yes", "yes", "no"),
@@ -60,6 +61,7 @@ def test_a_finished_run_shows_what_it_came_to_and_needs_nothing_else(tmp_path: P
     assert image["src"] == f"data:image/png;base64,{base64.b64encode(file).decode()}"
     text = text_of(page)
     for words in (
+        "is no complete store of tokenised rows",
         "finished after 20 steps",
         "in 2 attempts",
         "validation loss from 5.0000 to 0.2381 (95.24 % lower)",
@@ -207,11 +209,8 @@ def test_the_marks_of_a_row_are_the_targets_of_its_store(tmp_path: Path) -> None
     told = left_run(tmp_path / "told", plan=plan.model_copy(update={"storage": str(tmp_path / "told"), "data_report": report}))
     lines = [" ".join(line.split()) for line in length_lines(info.report.sources[0].lengths)]
     assert sum(int(line.split()[3]) for line in lines) == 12
-    assert all(line in text_of(page_at(told)) for line in lines)
-
-
-def test_rows_that_are_elsewhere_are_said_to_be(tmp_path: Path) -> None:
-    assert "is no complete store of tokenised rows" in text_of(page_at(left_run(tmp_path)))
+    text = text_of(page_at(told))
+    assert all(line in text for line in lines)
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------------------
@@ -229,21 +228,20 @@ WIDE = {"train/loss": [0.0, -1.0, 2.0], "validation/loss": [1e-9, 1e9]}
 SETS = [f"$x_{index}" for index in range(14)]
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-@pytest.mark.parametrize(
-    "shown",
-    [
-        curves({}),
-        curves({"train/loss": [1.0]}),
-        curves({"train/loss": [math.nan] * 4, "train/grad_norm": [math.inf, 1.0]}),
-        curves(WIDE, marks=[Mark(1, "rolled back"), Mark(2, "not finite")]),
-        curves({f"validation/{name}/loss": [1.0, 2.0] for name in SETS}, sets=SETS),
-    ],
-    ids=["nothing", "one", "no number", "wide", "many sets"],
-)
-def test_every_curve_can_be_drawn(shown: Curves, theme: Theme) -> None:
+SHOWN = {
+    "nothing": curves({}),
+    "one": curves({"train/loss": [1.0]}),
+    "no number": curves({"train/loss": [math.nan] * 4, "train/grad_norm": [math.inf, 1.0]}),
+    "wide": curves(WIDE, marks=[Mark(1, "rolled back"), Mark(2, "not finite")]),
+    "many sets": curves({f"validation/{name}/loss": [1.0, 2.0] for name in SETS}, sets=SETS),
+}
+THEMES = {"light": LIGHT, "dark": DARK}
+
+
+@pytest.mark.parametrize(("name", "theme"), chequered([*SHOWN], [*THEMES]))
+def test_every_curve_can_be_drawn(name: str, theme: str) -> None:
     for draw in (run_curves, set_losses):
-        assert png(draw(shown, theme)).startswith(b"\x89PNG\r\n")
+        assert png(draw(SHOWN[name], THEMES[theme])).startswith(b"\x89PNG\r\n")
 
 
 def test_the_curves_are_what_was_measured() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune.errors import ModelError, UserError
@@ -103,7 +103,7 @@ def schedules(draw: st.DrawFn) -> list[Arrival]:
     return found
 
 
-@PATIENT
+@settings(PATIENT, max_examples=settings().max_examples // 2)
 @given(schedules())
 def test_requests_that_come_and_go_are_answered_as_each_is_alone(
     engine: AnsweringEngine, plain: dict[str, Plain], arrivals: list[Arrival]

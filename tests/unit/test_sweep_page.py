@@ -22,6 +22,7 @@ from raytune.sweeps.results import SweepResult
 from tests.pages import Page, assert_needs_nothing_else
 from tests.run_cases import left_run
 from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, trial_result
+from tests.variants import chequered, variants
 
 CONFIG = "name: quickstart-sweep\nsweep:\n  space:\n    adapter.rank: [4, 8]  # <b>&amp;</b>\n"
 CASES = list(cases())
@@ -43,7 +44,7 @@ def pixels(image: bytes) -> np.ndarray:
 # --- Files -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize("place", variants(["remote"], ["local"]))
 def test_page_and_figures_are_written_where_the_sweep_lies(place: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "a sweep") if place == "local" else f"memory://{uuid.uuid4().hex}/sweep"
     path = write_sweep_page(halved_sweep(), CONFIG, folder + "/")
@@ -162,9 +163,11 @@ def test_every_key_is_listed_with_what_was_tried() -> None:
 # --- Figures -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draw", DRAWINGS, ids=FIGURES)
-@pytest.mark.parametrize(("name", "theme"), [*((name, LIGHT) for name in CASES), ("sixteen", DARK), ("odd values", DARK)])
-def test_every_figure_can_be_drawn_of_every_sweep(name: str, draw: Drawing[SweepResult], theme: Theme) -> None:
+@pytest.mark.parametrize(
+    ("shown", "draw"), chequered([*((name, LIGHT) for name in CASES), ("sixteen", DARK), ("odd values", DARK)], DRAWINGS)
+)
+def test_every_figure_can_be_drawn_of_every_sweep(shown: tuple[str, Theme], draw: Drawing[SweepResult]) -> None:
+    name, theme = shown
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter without a glyph, a layout that does not fit
         image = pixels(png(draw(cases()[name], theme)))

@@ -14,6 +14,7 @@ from raytune.data.templates.template import ChatTemplate
 from raytune.errors import DataError
 from raytune.units import MIB
 from tests.tiny import tiny_tokenizer
+from tests.variants import variants
 
 USUAL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 SLOW = {
@@ -59,7 +60,7 @@ def opened(template: str) -> ChatTemplate:
     return ChatTemplate(tiny_tokenizer(), template)
 
 
-@pytest.mark.parametrize("kind", SLOW)
+@pytest.mark.parametrize("kind", variants([*SLOW][:1], [*SLOW][1:]))
 def test_a_template_without_end_is_ended_after_two_seconds_of_its_own_time(kind: str):
     began = time.process_time()
     with pytest.raises(DataError, match=r"^the chat template takes more than .* to render a chat. Set data.template"):

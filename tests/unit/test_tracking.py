@@ -230,7 +230,8 @@ def test_a_tracker_that_was_away_is_said_once_and_knows_everything_later(
     ]
 
 
-@pytest.mark.parametrize("illness", ["is gone", pytest.param("hangs", marks=pytest.mark.slow)])
+@pytest.mark.slow  # often with a run that is trained: test_losses_are_those_of_a_run_without_trackers...
+@pytest.mark.parametrize("illness", ["is gone", "hangs"])
 def test_a_command_ends_beside_a_dead_tracker_which_is_told_by_a_later_one(
     illness: str, server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -286,7 +287,9 @@ def test_a_real_mlflow_server_that_is_killed_knows_everything_when_it_is_back(tm
     assert told == ["tracker_away", "tracker_back"]
 
 
-def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(server: MlflowServer, tmp_path: Path) -> None:
+def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed_which_is_told_later(
+    server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store, base = store_plan(tiny_store(tmp_path / "store")), tiny_base(tmp_path)
 
     def losses(folder: RunFolder, section: TrackingSection, at_steps: Callable[[], None]) -> list[tuple[int, float]]:
@@ -298,18 +301,25 @@ def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(serv
             train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=print, check=at_steps))
 
         train_plan(plan, [], config, lambda plan: tracking(section, folder), attempt)
+        ended.append(time.monotonic())
         return History.read(folder.metrics).series("train/loss")
 
     def kill_the_server() -> None:
         wait_for(lambda: len(server.runs) == 1)
         server.stop()
+        ended.append(time.monotonic())
 
+    ended: list[float] = []
     section = section_of("mlflow", uri=server.uri)
     tracked = losses(RunFolder(str(tmp_path), "tracked"), section, kill_the_server)
+    assert ended[-1] - ended[-2] < 40  # seconds, of five steps and the wait of 20 at most; without limits it would be minutes
+    assert f"raytune track {tmp_path}/tracked" in caplog.text
     assert tracked == losses(RunFolder(str(tmp_path), "alone"), TrackingSection(), lambda: None)
     assert len(tracked) == 6
     (run_id,) = server.runs
     assert len(server.points(run_id)) < 6
+    with pytest.raises(TrackersAwayError, match=r"(?s)MLflow does not know everything of tracked: .*refused"):
+        track(f"{tmp_path}/tracked", section)
     server.start()
     track(f"{tmp_path}/tracked", section)
     assert rounded(server.points(run_id)) == rounded(history(RunFolder(str(tmp_path), "tracked")))

@@ -382,8 +382,9 @@ def write_examples(folder: Path) -> None:
 
 
 def trained(file: str, storage: Path) -> RunFolder:
-    """Train a file in this process, without a cluster, with its callbacks."""
-    asked = load_config([file], [f"storage={storage}", "cluster.workers=1"], check_files=True)
+    """Train a file in this process, without a cluster, in small batches, with its callbacks."""
+    changes = [f"storage={storage}", "cluster.workers=1", "training.global_batch_size=2"]
+    asked = load_config([file], changes, check_files=True)
     prepared = prepare(asked, this_machine(asked.cluster), map)
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:

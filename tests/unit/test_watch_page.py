@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from raytune.cli import cli
 from raytune.launch.attempts.lease import this_process
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, write_bytes
@@ -321,8 +323,8 @@ def test_the_command_prints_the_address_and_ends_at_a_ctrl_c(tmp_path: Path) -> 
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         port = int(urllib.parse.urlsplit(url).port or 0)
-        taken = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True, check=False)
-        assert taken.returncode == 2
+        taken = CliRunner().invoke(cli, ["ui", str(tmp_path), "--json", "--port", str(port)])
+        assert taken.exit_code == 2
         assert "Leave --port out" in taken.stdout
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

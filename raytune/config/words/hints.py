@@ -33,9 +33,7 @@ def hint_for_key(section: str, name: str, method: str, value: object = None) -> 
         return _sentence(answer)
     if elsewhere:
         return f" here; it belongs to {' or '.join((below or elsewhere)[:3])}"
-    paths = near_words(path.lower(), keys(), cutoff=0.75)  # in which a section may have the word that its key negates
-    paths = [known for known in paths if not are_opposite(plain, known.rpartition(".")[2])]
-    near = near_words(plain, here) or paths or _near_leaves(plain)
+    near = near_words(plain, here) or _near_paths(path.lower(), plain) or _near_leaves(plain)
     if near:
         return f'. Did you mean "{near[0]}"?'
     return f". Known here: {', '.join(here)}" if here and len(here) <= 12 else f". `raytune explain {section}` lists the keys"
@@ -81,6 +79,12 @@ def _sentence_of_value(answer: Answer | None) -> str:
     if answer is None:
         return ""
     return _sentence(answer) if answer.ours else f"; {answer.note}"
+
+
+def _near_paths(path: str, name: str) -> list[str]:
+    """Keys whose whole path is near one, of which a section may have the word that its key negates."""
+    near = near_words(path, keys(), cutoff=0.75)
+    return [known for known in near if not are_opposite(name, known.rpartition(".")[2])]
 
 
 def _near_leaves(name: str) -> list[str]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from raytune.errors import ModelError
-from raytune.plan.model.module_names import has_name, is_left_to_saving, is_saved, matches, paths_to
+from raytune.plan.model.module_names import ends_of, has_name, is_left_to_saving, is_saved, matches, paths_to
 from raytune.plan.model.shapes import LINEAR_KINDS, Matrix, ModelShape, Module
 
 WITHOUT_UPDATE = ("norm", "experts", "router", "state")
@@ -59,11 +59,8 @@ def target_modules(adapter: NamesTargets, shape: ModelShape, *, or_none: bool = 
         and not has_name(module.name, adapter.exclude_modules)
         and not is_left_to_saving(module.name, adapter.modules_to_save)
     ]
-    missing = (
-        [name for name in wanted if not any(has_name(module.name, [name]) for module in layers)]
-        if isinstance(wanted, list)
-        else []
-    )
+    known = {end for module in layers for end in ends_of(module.name)} if isinstance(wanted, list) else set()
+    missing = [name for name in wanted if name not in known] if isinstance(wanted, list) else []
     if missing or not (found or or_none):
         raise ModelError(_no_such_layer(missing or wanted, adapter, shape))
     return found

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from raytune.errors import ModelError
 from raytune.plan.model.shapes import Kind, ModelShape
@@ -30,7 +31,13 @@ def matches_end(pattern: str, name: str, setting: str) -> bool:
 
 def has_name(name: str, wanted: Sequence[str]) -> bool:
     """PEFT's rule for a module named in a list."""
-    return any(name == one or name.endswith(f".{one}") for one in wanted)
+    return not ends_of(name).isdisjoint(wanted)
+
+
+@lru_cache(maxsize=20_000)
+def ends_of(name: str) -> frozenset[str]:
+    """What a list may call a module: its whole name, or the last parts of it."""
+    return frozenset([name, *(name[dot + 1 :] for dot, letter in enumerate(name) if letter == ".")])
 
 
 WORDS: dict[str, Callable[[str, Kind, ModelShape], bool]] = {
