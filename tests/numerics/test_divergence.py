@@ -296,17 +296,19 @@ def run_killed(plan: RunPlan, dies_at: list[int]) -> Outcome:
     return run(plan, len(dies_at) + 1)
 
 
-def test_a_killed_run_ends_as_the_unbroken_one_wherever_it_is_killed(
-    material: Material, skipping: Outcome, back: Outcome, tmp_path: Path
-) -> None:
-    broken = run_killed(guarded(material, tmp_path / "skip-broken", SKIP), [13, 2])  # among steps that are skipped
+def test_a_killed_run_ends_as_the_unbroken_one_that_skipped(material: Material, skipping: Outcome, tmp_path: Path) -> None:
+    broken = run_killed(guarded(material, tmp_path, SKIP), [13, 2])  # among steps that are skipped
     assert_equal(broken, skipping)
 
+
+@pytest.mark.parametrize("behind", variants([[1, 3]], [[0], [4]]), ids=str)
+def test_a_killed_run_ends_as_the_unbroken_one_wherever_it_is_killed(
+    behind: list[int], material: Material, back: Outcome, tmp_path: Path
+) -> None:
+    """In the step that goes wrong; after the first save behind the roll back; and right behind that and once more."""
     bad_step = back.roll_backs[0][0]
-    # In the step that goes wrong; after the first save behind the roll back; and right behind that and once more.
-    for number, dies_at in enumerate([[bad_step], [bad_step + 4], [bad_step + 1, 3]]):
-        plan = guarded(material, tmp_path / f"back-{number}", BACK)
-        assert_equal(run_killed(plan, dies_at), back)
+    plan = guarded(material, tmp_path, BACK)
+    assert_equal(run_killed(plan, [bad_step + behind[0], *behind[1:]]), back)
     rates = dict(History.read(RunFolder(plan.storage, plan.name).metrics).series("train/learning_rate"))
     assert (rates[min(to for _, to in back.roll_backs)], rates[14]) == (1e-2, 1e-2 * 0.5 ** len(back.roll_backs))
 

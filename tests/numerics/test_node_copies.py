@@ -30,7 +30,7 @@ from tests.numerics.test_plan_bytes import planned
 from tests.numerics.test_resume_engine import assert_resumes_exactly
 from tests.variants import variants
 
-RANKS, STEPS = 4, 3
+RANKS, STEPS = 4, 2
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": LORA, "full": {"method": "full"}, "qlora": QLORA}
 
 
