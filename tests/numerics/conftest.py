@@ -1,17 +1,11 @@
-"""What the parity tests train: one tiny base model and one small store, made once; a bucket for rows; where ranks come from."""
+"""What the parity tests train: one tiny base model and one small store, made once; and a bucket for rows."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.numerics.processes import prepare_ranks
 from tests.numerics.runs import Material, make_material
 from tests.s3_stand_in import bucket
-
-
-@pytest.hookimpl(trylast=True)  # when what is imported was taken from the garbage collector
-def pytest_collection_finish() -> None:
-    prepare_ranks()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Run a function on several gloo ranks, each a process of its own, and bring back what every rank returned or raised."""
 
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -9,17 +8,13 @@ import signal
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
-from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Imported once per session, by the process that the ranks are forked from.
+# Imported once per session, by the server that the ranks are forked from.
 PRELOADED = ["tests.numerics.preloaded"]
-_requests: list[Connection] = []
-"""To the process that ranks are forked from, once `prepare_ranks` was called."""
 GRACE_S = 15.0
 STOP_S = 60.0
 """For the others, once a rank has stopped with an error of raytune's."""
@@ -45,7 +40,7 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, 
     Raises:
         RankError: if a rank raised anything else, died, or was still running at the time limit.
     """
-    outcomes = (_asked_for if _requests else _outcomes)(function, num_ranks, arguments, timeout_s)
+    outcomes = _outcomes(function, num_ranks, arguments, timeout_s)
     failed = {rank: outcome for rank, outcome in enumerate(outcomes) if not outcome[0]}
     if failed:
         stopped = {rank: f"stopped with {value!r}" for rank, (_, value) in enumerate(outcomes) if _is_stop(value)}
@@ -54,65 +49,9 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, 
     return [value for _, value in outcomes]
 
 
-def prepare_ranks() -> None:
-    """Fork the process that ranks are forked from: now that tests and libraries are imported, which takes ten seconds, and before
-    torch has made a gradient, since no process can that is forked from one which has."""
-    ours, theirs = multiprocessing.Pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads, which wait for orders
-        is_here = os.fork() > 0
-    if is_here:
-        theirs.close()
-        _requests.append(ours)
-        return
-    try:
-        ours.close()
-        _serve(theirs)
-    finally:
-        os._exit(0)
-
-
-def _serve(requests: Connection) -> None:
-    """Answer until the process that asks has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # pytest's would be errors
-    has_imported = False
-    while True:
-        try:
-            number, request = requests.recv()
-        except EOFError:
-            return
-        if not has_imported:
-            for module in PRELOADED:
-                import_module(module)
-            gc.freeze()
-            has_imported = True
-        if (pid := os.fork()) == 0:
-            try:
-                answer = pickle.dumps(_outcomes(*pickle.loads(request), method="fork"))
-            except BaseException:
-                answer = pickle.dumps([(False, traceback.format_exc())])
-            requests.send((number, answer))
-            os._exit(0)
-        if os.waitpid(pid, 0)[1]:
-            requests.send((number, pickle.dumps([(False, "died with its ranks")])))
-
-
-def _asked_for(*request: Any) -> list[tuple[bool, Any]]:
-    number = time.monotonic_ns()
-    _requests[0].send((number, pickle.dumps(request)))
-    while True:
-        answered, answer = _requests[0].recv()
-        if answered == number:  # and not what a test asked for whose own time was over
-            return pickle.loads(answer)
-
-
-def _outcomes(
-    function: Callable[..., Any], num_ranks: int, arguments: tuple, timeout_s: float, method: str = "forkserver"
-) -> list[tuple[bool, Any]]:
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(PRELOADED)
+def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, timeout_s: float) -> list[tuple[bool, Any]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     outcomes: dict[int, tuple[bool, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"  # a port that was free may be another's by the time a rank listens
