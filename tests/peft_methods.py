@@ -176,15 +176,15 @@ METHODS: dict[str, PeftMethod] = {
     ),
     "adalora": PeftMethod(
         section={"method": "adalora", "rank": 2, "initial_rank": 4, "alpha": 8}
-        | {"tinit_fraction": 0.2, "tfinal_fraction": 0.4, "delta_t": 1},
+        | {"tinit_fraction": 0.25, "tfinal_fraction": 0.25, "delta_t": 1},
         config=lambda: AdaLoraConfig(
             init_r=4,
             target_r=2,
             lora_alpha=8,
             tinit=1,
-            tfinal=2,
+            tfinal=1,
             deltaT=1,
-            total_step=6,
+            total_step=4,
             target_modules=PROJECTIONS,
             task_type="CAUSAL_LM",
         ),

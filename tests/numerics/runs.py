@@ -1,8 +1,9 @@
 """Short runs of real plans, which the tests divide, shard, interrupt and compare."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from raytune.data.batches.batches import Batch, step_batches
 from raytune.data.batches.slices import Seat
+from raytune.data.files.demo import INSTRUCTION
 from raytune.data.store.store import Store
 from raytune.errors import TrainingError
 from raytune.plan.run_plan import RunPlan, StorePlan
@@ -20,9 +22,9 @@ from raytune.training.start.start import prepare_process, start_engine
 from raytune.training.steps.loop import LossSum, StepNumbers, StepResult, training_steps
 from raytune.training.steps.schedule import learning_rate
 from tests.numerics.processes import run_on_ranks
-from tests.tiny import save_tiny_model, store_plan, tiny_model, tiny_plan, tiny_store
+from tests.tiny import save_tiny_model, store_plan, tiny_model, tiny_plan, tiny_rows, tiny_store
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 GLOBAL_BATCH = 8
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
 QLORA = {"method": "qlora", "rank": 4, "alpha": 8}
@@ -61,7 +63,8 @@ class Change:
     """What a run does besides training. Picklable, since it travels to the ranks."""
 
     start: int = 0
-    stop: int = NUM_STEPS
+    stop: int | None = None
+    """None: the plan's last step."""
     load: Path | None = None
     save: Path | None = None
     """Folder that gets the state after the last step, in a folder per rank."""
@@ -78,12 +81,29 @@ class Spoil:
 
 
 def make_material(folder: Path) -> Material:
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in short_rows(40)))
     return Material(
         model=save_tiny_model(folder / "model"),
         with_dropout=save_tiny_model(folder / "with_dropout", attention_dropout=0.1),
         other_with_dropout=save_tiny_model(folder / "other_with_dropout", seed=1, attention_dropout=0.1),
-        store=store_plan(tiny_store(folder / "stores", max_rows=40, max_length=288)),
+        store=store_plan(tiny_store(folder / "stores", str(rows), max_rows=None, max_length=144)),
     )
+
+
+def with_long_rows(material: Material, folder: Path) -> Material:
+    """The same with twice as many tokens in a row, where what is kept of them has to be more than little."""
+    return replace(material, store=store_plan(tiny_store(folder / "stores", max_rows=40, max_length=288)))
+
+
+def short_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of some 70 tokens, half of the demo's: an order, and the city that it goes to."""
+    rows = []
+    for row in tiny_rows(num_rows, seed):
+        order, answer = (message["content"] for message in row["messages"])
+        city = {"role": "assistant", "content": json.loads(answer)["city"]}
+        rows.append({"messages": [{"role": "user", "content": order.removesuffix(f" {INSTRUCTION}")}, city]})
+    return rows
 
 
 def make_plan(material: Material, *, workers: int = 1, stage: int = 0, accumulation: int = 2, **changes: Any) -> RunPlan:
@@ -178,7 +198,7 @@ def steps_of(
         loss_sum,
         lambda step: learning_rate(step, plan.optimization),
         start=change.start,
-        stop=change.stop,
+        stop=change.stop or plan.optimization.num_steps,
         seed=plan.seed,
     )
 

@@ -45,6 +45,8 @@ def strategy_plan(
         changes: as for `make_plan`.
     """
     setting, shape = settled(material.model, strategy, adapter)
+    asked = changes.pop("optimization", {})
+    num_steps = asked.get("num_steps", NUM_STEPS)
     model: dict[str, Any] = {
         "path": str(material.model),
         "frozen": frozen_names(setting.trained, shape),
@@ -64,10 +66,10 @@ def strategy_plan(
             "lora_plus_embedding_rate": setting.trained.embedding_rate,
             "phases": [
                 phase.model_dump()
-                for phase in phase_plans(setting.config, setting.phases, shape, 1e-3, num_steps=NUM_STEPS, epoch_steps=4.0)
+                for phase in phase_plans(setting.config, setting.phases, shape, 1e-3, num_steps=num_steps, epoch_steps=4.0)
             ],
         }
-        | changes.pop("optimization", {}),
+        | asked,
         distillation=distillation_plan(setting.config, teacher_beside(setting.config, changes.get("precision", "fp32"))),
         num_trainable=setting.trained.num_trainable,
         phase_needs=[

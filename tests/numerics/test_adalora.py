@@ -63,13 +63,13 @@ def test_whatever_step_is_saved_plain_peft_computes_what_was_trained(material: M
     """Before the ranks are chosen for good all are saved, also by an engine that went back there from after it."""
     plan = plan_of("adalora", material)
     engine, loss_sum, batches_of = start(plan)
-    for result in steps_of(plan, engine, loss_sum, batches_of, Change(stop=3)):
+    for result in steps_of(plan, engine, loss_sum, batches_of, Change(stop=2)):
         result.read(engine)
     engine.save(tmp_path / "state")
     early = saved(engine, tmp_path / "early")
     assert compares(plan.model.path, early, engine) <= SAME_SUMS
     assert ranks_in(early) == 4 * NUM_LAYERS
-    for result in steps_of(plan, engine, loss_sum, batches_of, Change(start=3)):
+    for result in steps_of(plan, engine, loss_sum, batches_of, Change(start=2)):
         result.read(engine)
     late = saved(engine, tmp_path / "late")
     assert compares(plan.model.path, late, engine) <= SAME_SUMS
@@ -78,7 +78,7 @@ def test_whatever_step_is_saved_plain_peft_computes_what_was_trained(material: M
     again = saved(engine, tmp_path / "again")
     assert compares(plan.model.path, again, engine) <= SAME_SUMS
     assert ranks_in(again) == 4 * NUM_LAYERS
-    assert NUM_STEPS == 6, "which the schedule was made for"
+    assert NUM_STEPS == 4, "which the schedule was made for"
 
 
 def saved(engine: Any, folder: Path) -> Path:

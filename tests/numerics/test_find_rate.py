@@ -20,7 +20,7 @@ from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import Material, make_material, make_plan, rank_and_world
 from tests.variants import variants
 
-TRIED = RateRange(low=1e-5, high=1e-2, num_steps=20)
+TRIED = RateRange(low=1e-5, high=1e-2, num_steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def plain(plan: RunPlan) -> list[float]:
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, eps=settings.epsilon)
     store, losses = Store.open(plan.data.train.path), []
-    for step in range(20):
+    for step in range(8):
         for group in optimizer.param_groups:
-            group["lr"] = 10 ** (-5 + 3 * step / 19)
+            group["lr"] = 10 ** (-5 + 3 * step / 7)
         (batch,) = step_batches(
             store, step=step, rank=0, world=1, micro_batch_size=8, accumulation=1, num_rows_in_run=10**6, seed=plan.seed
         )

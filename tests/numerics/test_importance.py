@@ -43,6 +43,7 @@ from tests.numerics.test_whole_run import finished
 from tests.peak import peak_bytes
 from tests.tiny import save_tiny_model, store_plan, tiny_store
 from tests.unit.plan_cases import CPU
+from tests.variants import variants
 
 NUM_DOCUMENTS = 7
 """Of 12; a number that neither two nor three ranks share evenly."""
@@ -215,15 +216,15 @@ def check_divided(results: list[list[Divided]], alone: Outcome, expected: dict[s
         assert largest_difference(first.unbroken, alone) <= 3 * SAME_SUMS
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(("workers", "stages"), variants([(2, (0, 3))], [(2, (1, 2)), (1, (0, 1, 2, 3))]))
 def test_every_stage_equals_plain_torch_and_goes_on_as_unbroken(
-    workers: int, odd: Material, general: StorePlan, tmp_path: Path
+    workers: int, stages: tuple[int, ...], odd: Material, general: StorePlan, tmp_path: Path
 ) -> None:
     """Of documents that ranks do not share evenly, and weights whose numbers they do not either; with a tied head."""
-    plans = [ewc_plan(odd, general, BOTH, workers=workers, stage=stage) for stage in (0, 1, 2, 3)]
+    plans = [ewc_plan(odd, general, BOTH, workers=workers, stage=stage) for stage in stages]
     alone = held_run(ewc_plan(odd, general, BOTH, storage=str(tmp_path / "alone")), Change(), [])[1]
     ranks = run_on_ranks(divided, workers, plans, tmp_path)
-    check_divided([[rank[index] for rank in ranks] for index in range(4)], alone, plain_importance(plans[0]))
+    check_divided([[rank[index] for rank in ranks] for index in range(len(stages))], alone, plain_importance(plans[0]))
 
 
 def importance_of(plan: RunPlan) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ from tests.numerics.runs import (
     make_plan,
     relative_difference,
     run,
+    short_rows,
     train,
 )
 from tests.numerics.test_target_weights import plain_losses
 from tests.numerics.test_whole_run import finished
-from tests.tiny import store_plan, tiny_rows, tiny_store
+from tests.tiny import store_plan, tiny_store
 from tests.variants import variants
 
 WEIGHTS = {"task": 2.0, "code": 0.25, "general": 1.0}
@@ -35,10 +36,10 @@ def mixed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Mater
     """Few rows of a task, which are seen several times, more of code, and some of what is replayed."""
     folder = tmp_path_factory.mktemp("mixed")
     for seed, (name, num_rows) in enumerate((("task", 9), ("code", 30), ("general", 80)), 1):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(num_rows, seed)))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short_rows(num_rows, seed)))
     sources = tuple(DataSource(path=str(folder / f"{name}.jsonl")) for name in WEIGHTS)
     weights = tuple(WEIGHTS.values())
-    info = tiny_store(folder / "stores", sources=sources, mixture=MIXTURE, loss_weights=weights, max_length=288)
+    info = tiny_store(folder / "stores", sources=sources, mixture=MIXTURE, loss_weights=weights, max_length=144)
     assert [source.passes > 2 for source in info.report.sources] == [True, False, False]
     return replace(material, store=store_plan(info))
 

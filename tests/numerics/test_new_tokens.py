@@ -41,12 +41,13 @@ from tests.numerics.runs import (
     outcome,
     relative_difference,
     run,
+    short_rows,
     start,
     steps_of,
     train,
 )
 from tests.numerics.strategies import plain_training
-from tests.tiny import save_tiny_model, store_plan, tiny_request, tiny_rows
+from tests.tiny import save_tiny_model, store_plan, tiny_request
 from tests.unit.plan_cases import CPU as MACHINE
 from tests.variants import variants
 
@@ -88,14 +89,14 @@ def base(request: pytest.FixtureRequest, bases: Callable[[str], Base]) -> Base:
 
 
 def material_of(path: Path, folder: Path) -> Material:
-    rows = tiny_rows(40)
+    rows = short_rows(40)
     for number, row in enumerate(rows):
         for message in row["messages"]:
             message["content"] = f"<tool>{message['content']} <cite>[[{number}"
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     tokens = section(path).new_tokens
     tokenizer = open_tokenizer(str(path), new_tokens=tokens)
-    wanted = tiny_request(max_length=288, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    wanted = tiny_request(max_length=180, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     wanted = replace(wanted, sources=(DataSource(path=str(folder / "rows.jsonl")),))
     info = build_store(wanted, tokenizer_path=str(path), folder=folder / "stores", new_tokens=tokens)
     return Material(model=path, with_dropout=path, other_with_dropout=path, store=store_plan(info))

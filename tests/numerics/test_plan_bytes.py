@@ -20,7 +20,7 @@ from raytune.plan.model.references import planned_shape
 from raytune.plan.run_plan import MemoryPart, RunPlan, ZeroStage
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.processes import run_on_ranks
-from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run
+from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run, with_long_rows
 from tests.tiny import save_tiny_model
 from tests.variants import variants
 
@@ -106,6 +106,8 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
     """Within 2 %: at stage 3 norms stay whole, and adapters of small models are not small."""
     ways = WAYS if is_all else FEW[family]
     material = replace(make_material(tmp_path), model=tmp_path / family)
+    if family == "mixtral":  # whose experts each want some tokens
+        material = with_long_rows(material, tmp_path)
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(material.model)
     cases = [planned(material, stage, METHODS[method], has_checkpointing=checkpointing) for stage, method, checkpointing in ways]
     for rank in run_on_ranks(measure_all, 2, [plan for _, plan in cases]):
@@ -155,7 +157,7 @@ OTHER_LAYERS: dict[str, tuple[PretrainedConfig, list[list[str]]]] = {
 """With targets, of each kind of layer."""
 
 
-@pytest.mark.parametrize("family", variants(["opt"], [family for family in OTHER_LAYERS if family != "opt"]))
+@pytest.mark.parametrize("family", variants(["gpt2"], [family for family in OTHER_LAYERS if family != "gpt2"]))
 def test_no_family_s_layers_keep_more_than_planned(family: str, tmp_path: Path) -> None:
     """At least what they keep, and at most a quarter more: torch's LayerNorm keeps its input as wide as the stream on a CPU, and
     in fp32 under autocast on a GPU, which is what counts."""
@@ -210,7 +212,7 @@ def over_experts(tmp_path: Path) -> Material:
     wider: dict[str, Any] = WIDE | {"num_key_value_heads": 8}
     config = transformers.MixtralConfig(**wider, num_local_experts=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
-    return replace(make_material(tmp_path), model=tmp_path / "mixtral")
+    return replace(with_long_rows(make_material(tmp_path), tmp_path), model=tmp_path / "mixtral")
 
 
 def test_every_rank_holds_the_planned_bytes_of_packed_experts(over_experts: Material) -> None:

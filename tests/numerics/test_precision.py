@@ -54,7 +54,7 @@ def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale
     outcomes = run_on_ranks(train_spoiled, 2, plan, Spoil(step=2, rank=1, what="gradient"))
     for message, outcome in outcomes:
         assert message == ""
-        assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True, True, True]
+        assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True]
         assert [numbers.loss_scale for numbers in outcome.numbers][1:4] == [INITIAL_LOSS_SCALE, *[INITIAL_LOSS_SCALE / 2] * 2]
         assert all(math.isfinite(loss) for loss in outcome.losses)
 
@@ -90,7 +90,7 @@ def test_fp16_shards_skip_an_overflow_and_stop_at_a_bad_loss(stage: int, materia
     exact = train(make_plan(material))
     for message, outcome in run_on_ranks(train_fp16_shards, 2, plan, stage, Spoil(step=2, rank=1, what="gradient")):
         assert message == ""
-        assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True, True, True]
+        assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True]
         assert [numbers.loss_scale for numbers in outcome.numbers][1:4] == [INITIAL_LOSS_SCALE, *[INITIAL_LOSS_SCALE / 2] * 2]
         assert relative_difference(outcome.losses[:3], exact.losses[:3]) <= FP16_UNIT
         assert outcome.dtypes == {torch.float16}

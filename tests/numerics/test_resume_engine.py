@@ -23,7 +23,7 @@ from tests.numerics.runs import (
 )
 from tests.variants import variants
 
-HALF, WHOLE = 2, 4
+HALF, WHOLE = 2, 3
 """Steps."""
 
 

@@ -26,7 +26,7 @@ from tests.unit.test_meta_shape import OTHERS
 from tests.unit.test_plan_shapes import CONFIGS
 from tests.variants import variants
 
-ORIGINAL = 64
+ORIGINAL = 32
 """Positions of the bases here: most documents are longer."""
 LLAMA_3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -139,11 +139,12 @@ def test_what_is_saved_and_merged_has_the_positions(method: str, kind: str, shor
     generation = {"rows": "demo:test", "max_rows": 1, "max_new_tokens": 2}
     changes: dict[str, Any] = {
         "model": {"base": str(short.model), "rope_scaling": KINDS[kind]},
+        "data": {"max_length": 8 * ORIGINAL},
         "adapter": adapter,
         "evaluation": {"every_steps": 3, "generation": generation},
     }
     result = finished(tmp_path, changes)
-    assert result.plan.data.row_length == 512 == 8 * ORIGINAL
+    assert result.plan.data.row_length == 8 * ORIGINAL
     recorded = pytest.approx(result.metrics["validation/loss"], rel=2e-5)  # two orders of fp32 additions
     assert loss_by_plain_transformers(result.plan, result.model_path) == recorded
     whole = Path(result.model_path)
@@ -151,8 +152,8 @@ def test_what_is_saved_and_merged_has_the_positions(method: str, kind: str, shor
         whole = tmp_path / "merged"
         merge_adapter(Path(result.model_path), whole)
     config = json.loads((whole / "config.json").read_text())
-    assert config["max_position_embeddings"] == 512
+    assert config["max_position_embeddings"] == 8 * ORIGINAL
     assert config["rope_parameters"]["rope_type"] == KINDS[kind]["type"]
     merged = result.plan.model_copy(update={"adapter": result.plan.adapter.model_copy(update={"method": "full"})})
     assert loss_by_plain_transformers(merged, str(whole)) == recorded
-    assert read_model_shape(str(whole)).max_positions == 512
+    assert read_model_shape(str(whole)).max_positions == 8 * ORIGINAL

@@ -62,7 +62,7 @@ ROWS: list[Any] = [
     *tiny_rows(7, seed=3),
     {"messages": None},  # row 8: bad
     {"messages": [{"role": "user", "content": "Nobody answers."}]},  # row 9: without a target
-    chat("Long?", "yes " * 300),  # row 10: cut at 512 tokens
+    chat("Long?", "yes " * 300),  # row 10: cut at 288 tokens
     chat("Weighed?", "A weight changes no score."),
 ]
 ROWS[-1]["messages"][1]["weight"] = 0.5
@@ -103,8 +103,8 @@ def plain_losses(result: RunResult, rows: Sequence[Any]) -> dict[int, tuple[int,
             continue
         messages = [{key: message[key] for key in ("role", "content")} for message in row["messages"]]
         encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids = torch.tensor(encoded["input_ids"][:512])
-        labels = torch.where(torch.tensor(encoded["assistant_masks"][:512]) == 1, ids, -100)
+        ids = torch.tensor(encoded["input_ids"][:288])
+        labels = torch.where(torch.tensor(encoded["assistant_masks"][:288]) == 1, ids, -100)
         if not (labels != -100).any():
             continue
         with torch.no_grad():
@@ -119,7 +119,7 @@ def assert_equal(scored: Sequence[ScoredRow], expected: dict[int, tuple[int, flo
     for row in scored:
         num_targets, loss = expected[row.row]
         assert row.targets == num_targets
-        # fp32: products and means of 512 terms in another order, of losses near 5; and the exp of what is off by as much.
+        # fp32: products and means of 288 terms in another order, of losses near 5; and the exp of what is off by as much.
         assert row.loss == pytest.approx(loss, abs=1e-5)
         assert row.perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
 

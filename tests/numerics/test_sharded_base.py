@@ -61,7 +61,7 @@ def train_all(plans: list[RunPlan], change: Change | None = None) -> list[Outcom
 
 def assert_same_bits(plans: dict[str, RunPlan], workers: int) -> None:
     both = [one for plan in plans.values() for one in (plan, sharded(plan))]
-    for outcomes in run_on_ranks(train_all, workers, both, Change(stop=3), timeout_s=600):
+    for outcomes in run_on_ranks(train_all, workers, both, Change(stop=2), timeout_s=600):
         for name, whole, divided in zip(plans, outcomes[::2], outcomes[1::2], strict=True):
             assert divided.numbers == whole.numbers, name
             assert all(value.equal(whole.weights[key]) for key, value in divided.weights.items()), name

@@ -49,7 +49,7 @@ for folder, how in asked:
     arguments = {"generation_config": GenerationConfig.from_pretrained(folder)} if how == "peft, given its settings" else {}
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    written = model.generate(**prompt, max_new_tokens=40, do_sample=False, **arguments)[0, prompt["input_ids"].shape[1]:]
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False, **arguments)[0, prompt["input_ids"].shape[1]:]
     answers.append(tokenizer.decode(written))
 print(json.dumps(answers))
 assert "raytune" not in sys.modules
@@ -87,8 +87,8 @@ def finished(base: Path, storage: Path, adapter: dict[str, Any], **data: Any) ->
             "model": {"base": str(base)},
             "data": {"train": {"path": str(rows)}, "max_length": 128, "template": str(template)} | data,
             "adapter": adapter,
-            "training": {"max_steps": 25, "global_batch_size": 1, "learning_rate": 5e-3},
-            "evaluation": {"generation": {"rows": {"path": str(rows)}, "max_new_tokens": 40}},
+            "training": {"max_steps": 15, "global_batch_size": 1, "learning_rate": 1e-2},
+            "evaluation": {"generation": {"rows": {"path": str(rows)}, "max_new_tokens": 12}},
             "cluster": {"workers": 1, "cpus_per_worker": 1},
         }
     )

@@ -26,8 +26,8 @@ from raytune.storage import write_bytes
 from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
 from tests.numerics.processes import run_on_ranks
-from tests.numerics.runs import SAME_SUMS, relative_difference
-from tests.tiny import tiny_base, tiny_rows
+from tests.numerics.runs import SAME_SUMS, relative_difference, short_rows
+from tests.tiny import tiny_base
 
 NUM_STEPS, NUM_ROWS = 9, 90
 
@@ -39,7 +39,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(NUM_ROWS)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in short_rows(NUM_ROWS)))
     return path
 
 
@@ -49,7 +49,7 @@ def planned(chats: Path, storage: Path, window: int | None, workers: int = 1, **
         "name": "streamed",
         "storage": str(storage),
         "model": {"base": str(tiny_base(storage))},
-        "data": {"train": str(chats), "max_length": 512} | ({"streaming": {"window": window}} if window else {}),
+        "data": {"train": str(chats), "max_length": 256} | ({"streaming": {"window": window}} if window else {}),
         "adapter": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
         "training": {"max_steps": NUM_STEPS, "global_batch_size": 6, "learning_rate": 2e-3, "logging_steps": 1},
         "checkpoint": {"every_steps": 2},
@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_other_ranks_where_it_was(chats: Path, tmp_path: Path
 
 def two_sources(folder: Path, url: str) -> list[dict[str, Any]]:
     """One in a folder, the other one behind a URL."""
-    rows = [json.dumps(row) + "\n" for row in tiny_rows(NUM_ROWS, seed=1)]
+    rows = [json.dumps(row) + "\n" for row in short_rows(NUM_ROWS, seed=1)]
     (folder / "near.jsonl").write_text("".join(rows[:20]))
     write_bytes(f"{url}/far.jsonl", "".join(rows[20:]).encode())
     return [

@@ -30,12 +30,13 @@ from tests.numerics.runs import (
     outcome,
     relative_difference,
     run,
+    short_rows,
     start,
     steps_of,
     train,
 )
 from tests.numerics.test_losses import MODELS, assert_same_gradients, build, gradients, inputs_of, make_batch
-from tests.tiny import store_plan, tiny_rows, tiny_store
+from tests.tiny import store_plan, tiny_store
 from tests.variants import variants
 
 
@@ -189,14 +190,14 @@ def test_weights_of_1_change_no_bit_of_a_run(stage: int, cases: list[tuple[str, 
 def weighted(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Rows whose answers weigh 0.25, 1 or 3."""
     folder = tmp_path_factory.mktemp("weighted")
-    rows = tiny_rows(40)
+    rows = short_rows(40)
     for index, row in enumerate(rows):
         for message in row["messages"]:
             if message["role"] == "assistant":
                 message["weight"] = (0.25, 1, 3)[index % 3]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return replace(material, store=store_plan(tiny_store(folder / "stores", str(path), max_rows=None, max_length=288)))
+    return replace(material, store=store_plan(tiny_store(folder / "stores", str(path), max_rows=None, max_length=144)))
 
 
 def weight_in_file(file: str, line: int) -> float:

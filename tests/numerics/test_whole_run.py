@@ -97,9 +97,9 @@ def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "storage": str(storage),
         "model": {"base": str(tiny_base(storage))},
         "data": {
-            "train": {"path": "demo:train", "max_rows": 60},
+            "train": {"path": "demo:train", "max_rows": 30},
             "validation": {"path": "demo:validation", "max_rows": 12},
-            "max_length": 512,
+            "max_length": 288,
         },
         "adapter": LORA,
         "training": {"max_steps": 6, "global_batch_size": 2, "learning_rate": 2e-3},
