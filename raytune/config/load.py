@@ -100,14 +100,16 @@ def config_diff(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any
 
 
 def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """What overrides changed in files that became `config` with them, as `config_diff` says it.
+    """What overrides changed in files that became `config` with them, as `config_diff` says it; in a list of sections that has as
+    many as before, by position.
 
     Nothing if the files are only valid with the overrides: then there was no run before that could have changed.
     """
     try:
-        return config_diff(load_config(paths), config)
+        changes = config_diff(load_config(paths), config)
     except ConfigError:
         return []
+    return [inner for change in changes for inner in _by_position(*change)]
 
 
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
@@ -157,6 +159,14 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
     unreadable += [problem for overlay, _ in readings if overlay for problem in secret_problems(overlay)]
     unreadable += same_name(below, tree)
     return tree, validated(tree, unreadable, check_files)
+
+
+def _by_position(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    both = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
+    if not both or not all(isinstance(item, dict) for item in [*before, *after]):
+        return [(key, before, after)]
+    old, new = _leaves(dict(enumerate(before)), (key,)), _leaves(dict(enumerate(after)), (key,))
+    return [(dotted(path), old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)]
 
 
 def _leaves(value: Any, path: KeyPath) -> dict[KeyPath, Any]:

@@ -88,6 +88,15 @@ def test_overlays_merge_mappings_and_replace_lists_and_scalars(tmp_path: Path):
     assert [source.path for source in config.data.train] == ["c.jsonl"]
 
 
+@pytest.mark.parametrize("written_as", ["rows.jsonl", "{path: rows.jsonl}"])
+def test_keys_of_a_source_join_its_path_whichever_way_that_is_written(written_as: str, tmp_path: Path):
+    base = written(tmp_path, f"data: {{train: {written_as}, validation: {written_as}}}")
+    overlay = written(tmp_path, "data: {validation: {max_rows: 5}}", "overlay.yaml")
+    data = load_config([base, overlay], ["data.train.max_rows=20", "data.train.0.name=mine"]).data
+    assert [(source.path, source.max_rows, source.name) for source in data.train] == [("rows.jsonl", 20, "mine")]
+    assert [(source.path, source.max_rows) for source in data.validation] == [("rows.jsonl", 5)]
+
+
 def test_an_overlay_can_switch_off_an_optional_section(tmp_path: Path):
     base = written(tmp_path, "evaluation: {generation: {rows: a.jsonl}}")
     assert load_config([base]).evaluation.generation is not None

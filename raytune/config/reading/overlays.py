@@ -1,7 +1,7 @@
 """Trees of what was written, laid over each other from left to right.
 
-Mappings merge, lists and scalars replace, and an empty section changes nothing; names of trackers alone stand for a mapping, so
-that what lies over them joins them. Where an overlay changes the `method` of a section such as `adapter`, the keys that the new
+Mappings merge, lists and scalars replace, and an empty section changes nothing; names of trackers alone and the path of a source
+alone stand for a mapping, so that what lies over them joins them. Where an overlay changes the `method` of a section such as `adapter`, the keys that the new
 method does not have are dropped: they were written for another method. Keys that the overlay itself brings are not.
 """
 
@@ -36,6 +36,8 @@ def laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
         return base if path else replace(base, place=overlay.place, key_place=overlay.key_place)
     if isinstance(overlay.value, dict) and schema_path(path) == TRACKING:
         base = _spelled_out(base)
+    if isinstance(overlay.value, dict) and isinstance(base.value, str) and f"{schema_path(path)}.path" in keys():
+        base = _with_path(base)
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
     kept = _still_meant(base.value, overlay.value, path)
@@ -49,6 +51,11 @@ def _spelled_out(names: Node) -> Node:
     if not isinstance(listed, list) or not all(isinstance(name.value, str) for name in listed):
         return names
     return replace(names, value={name.value: replace(name, value={}) for name in listed})
+
+
+def _with_path(source: Node) -> Node:
+    """A source of rows that is written as its path alone."""
+    return replace(source, value={"path": source})
 
 
 def _still_meant(base: dict[str, Node], overlay: dict[str, Node], path: KeyPath) -> dict[str, Node]:
@@ -99,7 +106,7 @@ def overlay_at(below: Node | None, parts: list[str], leaf: Node) -> Node:
         raise IndexError(f"the list has {len(items)} items, so position {head} does not exist (the first is 0)")
     item = items[int(head)] if int(head) < len(items) else None
     if item and rest and isinstance(item.value, str):
-        item = replace(item, value={"path": item})
+        item = _with_path(item)
     changed = overlay_at(item, rest, leaf)
     changed = laid_over(item, changed, ()) if item else changed
     return replace(leaf, value=[*items[: int(head)], changed, *items[int(head) + 1 :]])
