@@ -56,6 +56,7 @@ def test_what_overrides_change_is_told_with_what_they_drop(good: str):
     changes = {change["key"]: (change["before"], change["after"]) for change in json.loads(told)["overridden"]}
     assert (changes["storage"], changes["adapter.method"]) == (("runs", "/runs"), ("lora", "full"))
     assert changes["adapter.rank"] == (16, None)
+    Path(good).write_text("data: {train: demo:train}")
     told = CliRunner().invoke(cli, ["check", "--fast", good, "data.train.max_rows=20"]).stdout
     assert told.endswith("Changed on the command line:\n  data.train.0.max_rows: nothing -> 20\n")
 

@@ -1,8 +1,9 @@
 """Trees of what was written, laid over each other from left to right.
 
 Mappings merge, lists and scalars replace, and an empty section changes nothing; names of trackers alone and the path of a source
-alone stand for a mapping, so that what lies over them joins them. Where an overlay changes the `method` of a section such as `adapter`, the keys that the new
-method does not have are dropped: they were written for another method. Keys that the overlay itself brings are not.
+alone stand for a mapping, so that what lies over them joins them. Where an overlay changes the `method` of a section such as
+`adapter`, the keys that the new method does not have are dropped: they were written for another method. Keys that the overlay
+itself brings are not.
 """
 
 import os
