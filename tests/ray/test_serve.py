@@ -300,6 +300,7 @@ def replicas(endpoint: Endpoint) -> set[int]:
     return {int(pid) for pid in re.findall(r'raytune_engine_num_running{replica="[^"]*-(\d+)"}', content.decode())}
 
 
+@pytest.mark.slow  # often without Ray: unit/test_serving_front.py
 def test_where_a_replica_dies_whole_answers_are_asked_for_again_and_streams_say_so(
     client: openai.OpenAI, with_kept: Endpoint, plain: dict[str, Plain]
 ) -> None:

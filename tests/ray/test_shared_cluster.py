@@ -62,6 +62,7 @@ def child_of(pid: int) -> int:
     return int(found[0])
 
 
+@pytest.mark.slow  # often without Ray: unit/test_lease.py
 def test_of_two_commands_on_one_run_one_trains_and_the_other_is_refused_with_its_name(one_node: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(config(tmp_path, "twice", cluster={"workers": 1, "address": one_node.address})))
@@ -77,6 +78,7 @@ def test_of_two_commands_on_one_run_one_trains_and_the_other_is_refused_with_its
     assert not (tmp_path / "twice/lease").exists()
 
 
+@pytest.mark.slow  # often without Ray: unit/test_warm_workers.py
 def test_workers_that_are_kept_warm_are_forked_run_after_run_and_train_alike(one_node: Cluster, tmp_path: Path) -> None:
     def trained(name: str, **cluster: Any) -> list[tuple[int, float]]:
         asked = config(tmp_path, name, cluster={"workers": 2, "address": one_node.address, **cluster})
