@@ -87,7 +87,7 @@ def finished(base: Path, storage: Path, adapter: dict[str, Any], **data: Any) ->
             "model": {"base": str(base)},
             "data": {"train": {"path": str(rows)}, "max_length": 128, "template": str(template)} | data,
             "adapter": adapter,
-            "training": {"max_steps": 15, "global_batch_size": 1, "learning_rate": 1e-2},
+            "training": {"max_steps": 25, "global_batch_size": 1, "learning_rate": 1e-2},
             "evaluation": {"generation": {"rows": {"path": str(rows)}, "max_new_tokens": 12}},
             "cluster": {"workers": 1, "cpus_per_worker": 1},
         }
