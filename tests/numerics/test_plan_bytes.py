@@ -185,7 +185,7 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(
     Of the weights that stage 3 may have gathered at that moment, it has some or all; and a bucket that was reduced is there until
     gloo's thread lets it go, while DeepSpeed fills the next.
     """
-    material = replace(make_material(tmp_path), model=tmp_path / "model")
+    material = replace(with_long_rows(make_material(tmp_path), tmp_path), model=tmp_path / "model")
     wider = {"vocab_size": 2048, "num_hidden_layers": 4}
     config = transformers.LlamaConfig(**(WIDE | wider))
     AutoModelForCausalLM.from_config(config).save_pretrained(material.model)
