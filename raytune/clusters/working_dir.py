@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +200,6 @@ def path_in_job(folder: Path, name: str) -> str:
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
-@cache
 def _own_code() -> dict[str, Path]:
     """The package that runs here, as a job takes it along."""
     files = {f"raytune/{name}": path for name, path in _walk(PACKAGE, "", PACKAGE.resolve(), (), frozenset(), _Left())}

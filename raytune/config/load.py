@@ -162,6 +162,7 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
 
 
 def _by_position(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    """What of two lists of sections differs, if they are as long; of anything else the whole."""
     both = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
     if not both or not all(isinstance(item, dict) for item in [*before, *after]):
         return [(key, before, after)]

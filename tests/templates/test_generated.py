@@ -136,7 +136,7 @@ def test_the_reference_writes_what_jinja_writes(habits: Habits, row: Conversatio
 def test_the_assistants_parts_and_their_ends_are_trained_or_the_row_is_refused(ends: Ends, calls: str) -> None:
     # The same examples in every run, and others in every cell, which derandomize would not give.
     @seed(crc32(f"{ends}, {calls}".encode()))
-    @settings(PATIENT, max_examples=7, database=None, report_multiple_bugs=False)
+    @settings(PATIENT, max_examples=settings().max_examples // 2, database=None, report_multiple_bugs=False)
     @given(st.builds(_with, HABITS, st.just(ends), st.just(calls)), CONVERSATIONS)
     def property_holds(habits: Habits, row: Conversation) -> None:
         holds(habits, row)
@@ -174,7 +174,7 @@ def test_templates_that_show_everything_refuse_nothing(habits: Habits) -> None:
     """A judge that lets everything be refused would be content with a trainer that refuses everything."""
 
     @seed(crc32(str(habits).encode()))
-    @settings(PATIENT, max_examples=5, database=None, report_multiple_bugs=False)
+    @settings(PATIENT, max_examples=settings().max_examples // 3, database=None, report_multiple_bugs=False)
     @given(CONVERSATIONS)
     def property_holds(row: Conversation) -> None:
         holds(habits, row)

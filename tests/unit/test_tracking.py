@@ -376,6 +376,13 @@ def test_what_is_laid_over_names_alone_joins_them(names: str, tmp_path: Path) ->
         load_config([file], ["tracking.group=x"])
 
 
+def test_what_is_laid_over_a_list_of_more_than_names_drops_no_tracker_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("tracking: [trackio, {mlflow: {experiment: e}}]\n")
+    with pytest.raises(UserError, match="must be names of trackers"):
+        load_config([file], ["tracking.trackio.project=p"])
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [

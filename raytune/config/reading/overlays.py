@@ -35,10 +35,10 @@ def laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
     """A tree with another one laid over it; both lie at `path` of the config."""
     if overlay.value is None and _is_section(path):
         return base if path else replace(base, place=overlay.place, key_place=overlay.key_place)
-    if isinstance(overlay.value, dict) and schema_path(path) == TRACKING:
-        base = _spelled_out(base)
-    if isinstance(overlay.value, dict) and isinstance(base.value, str) and f"{schema_path(path)}.path" in keys():
-        base = _with_path(base)
+    if isinstance(overlay.value, dict):
+        base = _spelled_out(base, schema_path(path))
+        if isinstance(base.value, list) and schema_path(path) == TRACKING:
+            return base  # is refused as it stands: nothing joins it, and what would take its place would drop trackers
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
     kept = _still_meant(base.value, overlay.value, path)
@@ -46,12 +46,14 @@ def laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
     return replace(overlay, value={**kept, **merged})
 
 
-def _spelled_out(names: Node) -> Node:
-    """Names alone as the mapping of sections that they stand for; anything else as it is."""
-    listed = [names] if isinstance(names.value, str) else names.value
-    if not isinstance(listed, list) or not all(isinstance(name.value, str) for name in listed):
-        return names
-    return replace(names, value={name.value: replace(name, value={}) for name in listed})
+def _spelled_out(short: Node, key: str) -> Node:
+    """Names of trackers, or the path of a source, as the mapping that they stand for; anything else as it is."""
+    if isinstance(short.value, str) and f"{key}.path" in keys():
+        return _with_path(short)
+    listed = [short] if isinstance(short.value, str) else short.value
+    if key != TRACKING or not isinstance(listed, list) or not all(isinstance(name.value, str) for name in listed):
+        return short
+    return replace(short, value={name.value: replace(name, value={}) for name in listed})
 
 
 def _with_path(source: Node) -> Node:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import lru_cache
 
 _SIDES = [
     ("min minimum least lowest", "max maximum most highest"),
@@ -42,27 +41,8 @@ def near_words(word: str, candidates: Iterable[str], most: int = 1, *, cutoff: f
         most: candidates that are given at most.
         cutoff: least likeness, as `difflib` counts it.
     """
-    letters = _letters(word)
-    # What shares too few letters is no match, which is seen a hundred times sooner than difflib sees it.
-    possible = [
-        candidate
-        for candidate in candidates
-        if 2.0 * (letters & _letters(candidate)).bit_count() >= cutoff * (len(word) + len(candidate)) - 1e-6
-    ]
-    like = get_close_matches(word, possible, 4 * most, cutoff=cutoff)
+    like = get_close_matches(word, candidates, 4 * most, cutoff=cutoff)
     return [candidate for candidate in like if not are_opposite(word, candidate)][:most]
-
-
-@lru_cache(4096)
-def _letters(word: str) -> int:
-    """The letters of a word as bits: two words have as many bits in common as letters, or more where not all are ASCII."""
-    found: dict[int, int] = {}
-    bits = 0
-    for letter in map(ord, word):
-        place = letter % 128
-        bits |= 1 << (128 * found.get(place, 0) + place)
-        found[place] = found.get(place, 0) + 1
-    return bits
 
 
 def are_opposite(one: str, other: str) -> bool:

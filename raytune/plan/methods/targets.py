@@ -59,8 +59,10 @@ def target_modules(adapter: NamesTargets, shape: ModelShape, *, or_none: bool = 
         and not has_name(module.name, adapter.exclude_modules)
         and not is_left_to_saving(module.name, adapter.modules_to_save)
     ]
-    known = {end for module in layers for end in ends_of(module.name)} if isinstance(wanted, list) else set()
-    missing = [name for name in wanted if name not in known] if isinstance(wanted, list) else []
+    missing: list[str] = []
+    if isinstance(wanted, list):
+        known = {end for module in layers for end in ends_of(module.name)}
+        missing = [name for name in wanted if name not in known]
     if missing or not (found or or_none):
         raise ModelError(_no_such_layer(missing or wanted, adapter, shape))
     return found
