@@ -91,9 +91,9 @@ def make_material(folder: Path) -> Material:
     )
 
 
-def with_long_rows(material: Material, folder: Path, *, max_length: int = 288) -> Material:
-    """The same with more tokens in a row, where what is kept of them has to be more than little."""
-    return replace(material, store=store_plan(tiny_store(folder / "stores", max_rows=40, max_length=max_length)))
+def with_long_rows(material: Material, folder: Path) -> Material:
+    """The same with twice as many tokens in a row, where what is kept of them has to be more than little."""
+    return replace(material, store=store_plan(tiny_store(folder / "stores", max_rows=40, max_length=288)))
 
 
 def short_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -43,9 +43,13 @@ _WORK: dict[str, Any] = {
 
 
 def planned(
-    material: Material, stage: ZeroStage, adapter: dict[str, Any], *, has_checkpointing: bool = False
+    material: Material, stage: ZeroStage, adapter: dict[str, Any], *, has_checkpointing: bool = False, num_rows: int = 1
 ) -> tuple[Workload, RunPlan]:
-    """A bf16 run on two workers."""
+    """A bf16 run on two workers.
+
+    Args:
+        num_rows: of a micro-batch; few, since products in 16 bits take thirty times those in 32 where a processor has none.
+    """
     shape = read_model_shape(str(material.model))
     section: Adapter = TypeAdapter(Adapter).validate_python(adapter)
     quantization = own_quantization(section)
@@ -59,7 +63,7 @@ def planned(
         workers=2,
         stage=stage,
         precision="bf16",
-        batch={"micro_batch_size": 1},  # of products in 16 bits, which take thirty times those in 32 where a processor has none
+        batch={"micro_batch_size": num_rows},
         adapter=adapter,
         model=model | {"gradient_checkpointing": has_checkpointing},
         num_parameters=shape.num_parameters,

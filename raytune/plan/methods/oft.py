@@ -29,8 +29,8 @@ def _trained(adapter: OftAdapter, shape: ModelShape, quantization: Quantization 
     def addition(module: Module) -> Addition:
         num_blocks = 1 if adapter.block_share else max(1, module.inputs // size)
         per_block = size * (size - 1) // 2
-        # Of each block: both factors of each power of the skew matrix, which in 16 bits is cast for each, and the rotation.
-        made = num_blocks * size * size * max(1, 2 * adapter.num_cayley_neumann_terms - 3)
+        # Of each block: the skew matrix, its powers, and the rotation that they add up to.
+        made = num_blocks * size * size * adapter.num_cayley_neumann_terms
         return Addition(
             num_parameters=num_blocks * per_block,
             num_sides=num_blocks + per_block,
