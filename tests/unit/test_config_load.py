@@ -131,6 +131,16 @@ def test_overrides_reach_into_lists(tmp_path: Path):
     assert (first.path, first.max_rows, second.path, second.format, third.path) == ("a.jsonl", 5, "c.jsonl", "text", "d.jsonl")
 
 
+@pytest.mark.parametrize("override", ["data.train.max_rows=5", "data.train.path=c.jsonl"])
+def test_an_override_that_would_replace_a_list_of_sections_unsaid_is_refused(override: str, tmp_path: Path):
+    base = written(tmp_path, "data: {train: [a.jsonl, {path: b.jsonl, format: text}]}")
+    key = override.partition("=")[0]
+    ((_, named, code, message),) = problems_of(base, overrides=[override])
+    assert (named, code) == (key, "E109")
+    assert key.replace("train.", "train.0.") in message
+    assert [source.path for source in load_config([base], ["data.train={path: c.jsonl}"]).data.train] == ["c.jsonl"]
+
+
 def test_a_later_override_wins():
     assert load_config([], ["training.seed=1", "training.seed=2"]).training.seed == 2
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from raytune.config.problems import Place
+from raytune.config.problems import Place, dotted
 from raytune.config.reading.keys import keys, schema_path, unions
 from raytune.config.sections.section import Section
 from raytune.config.sections.sweep import KINDS
@@ -92,25 +92,33 @@ def is_no_method(key: str) -> bool:
     return key.strip() not in {f"{union}.method" for union in unions()}
 
 
-def overlay_at(below: Node | None, parts: list[str], leaf: Node) -> Node:
+def overlay_at(below: Node | None, parts: list[str], leaf: Node, at: KeyPath = ()) -> Node:
     """A tree that holds a leaf at a path. A list on the way is copied from the tree below, since lists replace lists.
 
+    Args:
+        below: what lies at `at` of the config.
+
     Raises:
-        IndexError: if the path leads to a position that the list does not have.
+        IndexError: if the path leads to a position that the list does not have, or into a list without saying where.
     """
     if not parts:
         return leaf
     head, *rest = parts
     if not head.isdecimal() or (below and isinstance(below.value, dict) and head in below.value):
+        if below and isinstance(below.value, list) and schema_path(at) != TRACKING and schema_path((*at, head)) in keys():
+            raise IndexError(
+                f"{dotted(at)} is a list of {len(below.value)}, which this would replace: name the one that is meant "
+                f"({dotted((*at, 0, *parts))}), or the whole list ({dotted(at)}=[...])"
+            )
         inner = below.value.get(head) if below and isinstance(below.value, dict) else None
-        return replace(leaf, value={head: overlay_at(inner, rest, leaf)})
+        return replace(leaf, value={head: overlay_at(inner, rest, leaf, (*at, head))})
     items = below.value if below and isinstance(below.value, list) else [below] if below and below.value is not None else []
     if int(head) > len(items):
         raise IndexError(f"the list has {len(items)} items, so position {head} does not exist (the first is 0)")
     item = items[int(head)] if int(head) < len(items) else None
     if item and rest and isinstance(item.value, str):
         item = _with_path(item)
-    changed = overlay_at(item, rest, leaf)
+    changed = overlay_at(item, rest, leaf, (*at, int(head)))
     changed = laid_over(item, changed, ()) if item else changed
     return replace(leaf, value=[*items[: int(head)], changed, *items[int(head) + 1 :]])
 
