@@ -78,7 +78,7 @@ def seen() -> Iterator[Seen]:
             running = processes_of(process.pid)
             listeners |= open_ports(running)
             note_parents(running, parents)
-            time.sleep(0.1)
+            time.sleep(0.4)  # one look at all processes and ports is 50 ms of work
         output, _ = process.communicate(timeout=30)
         yield Seen(process.returncode, output, listeners, parents, home, storage, session)
     finally:
