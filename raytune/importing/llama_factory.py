@@ -30,7 +30,10 @@ def convert(draft: Draft, file: str) -> None:
     arguments.schedule(draft)
     pure = draft.truth("pure_bf16")
     used = tuple(key for key in ("bf16", "fp16", "pure_bf16") if draft.says(key))
-    arguments.precision(draft, bf16=draft.truth("bf16") or pure, fp16=draft.truth("fp16"), used=used)
+    bf16, fp16 = draft.truth("bf16") or pure, draft.truth("fp16")
+    if method != "full" and not fp16:  # a frozen base is held and computed in what the machine has: bf16 before the others
+        bf16 = bf16 or None
+    arguments.precision(draft, bf16=bf16, fp16=fp16, used=used)
     if pure:
         draft.add_note("pure_bf16", "weights that are trained are kept in fp32 here")
     if draft.says("disable_gradient_checkpointing"):

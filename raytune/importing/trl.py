@@ -14,6 +14,9 @@ def convert(draft: Draft, file: str) -> None:
     has_adapter = draft.truth("use_peft")
     _method(draft, has_adapter)
     arguments.training_arguments(draft, file, "lora" if has_adapter else "full")
+    if not draft.says("router_aux_loss_coef"):
+        words = "of a base with experts, TRL adds router_aux_loss_coef 0.001 x how unevenly they are used; here the loss is without it"
+        draft.add_note(draft.project.names["base"], words)
     arguments.schedule(draft)
     fp16 = draft.truth("fp16")
     bf16 = draft.truth("bf16") if draft.says("bf16") else not fp16
