@@ -128,6 +128,7 @@ def _rows_of_documents(draft: Draft) -> None:
     """Packing, and what happens to a document that is longer than a row."""
     packs, strategy = draft.truth("packing"), draft.text("packing_strategy")
     draft.write("data.packing", "best_fit" if packs else "none", "packing")
+    draft.idle("padding_free", "rows are never padded")
     if packs and strategy in ("bfd_split", "bfd-requeue"):
         draft.write("data.too_long", "split", "packing_strategy")
         draft.idle("truncation_mode", "nothing is cut")

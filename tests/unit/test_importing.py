@@ -496,6 +496,42 @@ def test_llamafactory_without_a_precision_computes_adapters_in_what_the_machine_
     assert config_from(made(tmp_path, full).config).training.precision == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "floor"), [("cosine", 0.1), ("rex", 0.1), ("linear", 0.0), ("constant_with_warmup", 0.0), ("one_cycle", 0.0)]
+)
+def test_a_floor_of_axolotl_is_that_of_a_cosine_only(schedule: str, floor: float, tmp_path: Path) -> None:
+    found = made(tmp_path, FULL.replace("lr_scheduler: cosine", f"lr_scheduler: {schedule}") + "cosine_min_lr_ratio: 0.1\n")
+    assert config_from(found.config).training.min_lr_ratio == floor
+    assert account(found, "cosine_min_lr_ratio").fate == ("converted" if floor else "no_effect")
+
+
+@pytest.mark.parametrize(
+    ("text", "unread"),
+    [
+        (FULL + "lora_r: 8\nlora_target_linear: true\nlora_target_modules: [q_proj]\npeft_layers_to_transform: [0]\n",
+         "lora_r lora_target_linear lora_target_modules peft_layers_to_transform"),
+        (FACTORY.replace("finetuning_type: lora", "finetuning_type: full") + "lora_alpha: 8\npissa_init: true\noft_target: all\n",
+         "lora_rank lora_alpha lora_target pissa_init oft_target"),
+        (FACTORY + "oft_target: all\n", "oft_target"),
+    ],
+)  # fmt: skip
+def test_keys_of_an_adapter_that_is_not_there_change_nothing(text: str, unread: str, tmp_path: Path) -> None:
+    found = made(tmp_path, text)
+    assert {account(found, key).fate for key in unread.split()} == {"no_effect"}
+
+
+def test_embeddings_that_llamafactory_trains_as_wholes_are_said(tmp_path: Path) -> None:
+    tokens = "add_tokens: <a>,<b>\nresize_vocab: true\n"
+    assert account(made(tmp_path, FACTORY + tokens), "resize_vocab").fate == "left"
+    named = made(tmp_path, FACTORY + tokens + "additional_target: embed_tokens,lm_head\n")
+    assert account(named, "resize_vocab").fate == "same"
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training.max_grad_norm +must be a number"):
+        made(tmp_path, FULL + "max_grad_norm: true\n")
+
+
 def test_a_loss_that_trl_adds_for_experts_is_said(tmp_path: Path) -> None:
     assert "router_aux_loss_coef" in account(made(tmp_path, TRL), "model_name_or_path").note
     assert not account(made(tmp_path, TRL + "router_aux_loss_coef: 0.0\n"), "model_name_or_path").note
