@@ -527,6 +527,23 @@ def test_embeddings_that_llamafactory_trains_as_wholes_are_said(tmp_path: Path) 
     assert account(named, "resize_vocab").fate == "same"
 
 
+@pytest.mark.parametrize(
+    ("path", "files", "found", "fate"),
+    [
+        ("json", "rows.jsonl", "rows.jsonl", "converted"),
+        ("json", "[a.jsonl, b.jsonl]", "json", "left"),
+        ("org/chats", "part.jsonl", "org/chats", "left"),
+        ("FOLDER", "[part.jsonl]", "FOLDER/part.jsonl", "converted"),
+        ("json", "{train: a.jsonl}", "json", "left"),
+    ],
+)
+def test_files_of_a_data_set_are_found_where_they_lie(path: str, files: str, found: str, fate: str, tmp_path: Path) -> None:
+    text = TRL.replace("dataset_name: trl-lib/Capybara\ndataset_config: en", f"datasets: [{{path: {path}, data_files: {files}}}]")
+    imported = made(tmp_path, text.replace("FOLDER", str(tmp_path)))
+    assert imported.config["data"]["train"][0]["path"] == found.replace("FOLDER", str(tmp_path))
+    assert account(imported, "datasets.0.data_files").fate == fate
+
+
 def test_true_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training.max_grad_norm +must be a number"):
         made(tmp_path, FULL + "max_grad_norm: true\n")

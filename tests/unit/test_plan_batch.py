@@ -79,7 +79,9 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest(workers: int, traini
         batches(workers, **training)
 
 
-@given(workers=SIZES, total=SIZES, fixed=SIZES, key=st.sampled_from(["per_device_train_batch_size", "gradient_accumulation_steps"]))
+@given(
+    workers=SIZES, total=SIZES, fixed=SIZES, key=st.sampled_from(["per_device_train_batch_size", "gradient_accumulation_steps"])
+)
 def test_other_workers_are_advised_where_there_are_some_that_divide(workers: int, total: int, fixed: int, key: str) -> None:
     training = {"global_batch_size": total, key: fixed}
     try:

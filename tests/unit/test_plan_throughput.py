@@ -130,7 +130,9 @@ def test_a_step_is_as_long_as_what_binds_it() -> None:
 
 def test_tokens_per_second_are_those_of_the_data() -> None:
     """As metrics count them: without the 20 virtual ones that pass through the layers with each row."""
-    step = step_time(workload(adapter=PromptTuningAdapter(method="prompt_tuning"), workers=8, num_tokens=4 * 120), speed("p5.48xlarge"), 120)
+    step = step_time(
+        workload(adapter=PromptTuningAdapter(method="prompt_tuning"), workers=8, num_tokens=4 * 120), speed("p5.48xlarge"), 120
+    )
     assert step.tokens_per_s == pytest.approx(8 * 4 * 100 / step.seconds)
 
 

@@ -23,7 +23,18 @@ from raytune.config.problems import (
     dotted,
     shown,
 )
-from raytune.config.reading.keys import choices, example_of, in_words, is_open, keys, keys_in, schema_path, type_at, union_above, unions
+from raytune.config.reading.keys import (
+    choices,
+    example_of,
+    in_words,
+    is_open,
+    keys,
+    keys_in,
+    schema_path,
+    type_at,
+    union_above,
+    unions,
+)
 from raytune.config.reading.overlays import KeyPath, child_of, data_of, deepest, method_of
 from raytune.config.reading.presets import is_of_preset, preset_keys
 from raytune.config.reading.secrets_in import secret_problems

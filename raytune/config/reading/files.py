@@ -64,7 +64,7 @@ def read_override(text: str, tree: Node, rank: int) -> Reading:
     if leaf is None:
         return None, problems
     if "#" in value and (comment := comment_behind(value)):
-        message = f"{shown(comment)} would be a comment and no part of the value; put this in quotes within the shell's: '\"...\"'"
+        message = f"{shown(comment)} would be a comment, no part of the value; put this in quotes within the shell's: '\"...\"'"
         return None, [*problems, Problem(BAD_OVERRIDE, place, dotted(tuple(parts)), message)]
     try:
         return overlay_at(tree, parts, leaf), problems
