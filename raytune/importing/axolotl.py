@@ -9,7 +9,6 @@ from raytune.importing.facts import facts
 _BITS = ("load_in_4bit", "load_in_8bit")
 _OF_ADAPTERS = ("lora_", "loraplus_", "peft")
 """Beginnings of keys that are not looked at without an adapter."""
-_WITH_A_FLOOR = ("cosine", "rex")
 _OUTSIDE = {"lm_head", "embed_tokens"}
 """Modules that are not among all linear layers."""
 _KERNELS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention", "xformers_attention", "sage_attention")
@@ -131,7 +130,7 @@ def _warm_up(draft: Draft) -> None:
 def _floor_of_rate(draft: Draft) -> None:
     if not draft.asks_for("cosine_min_lr_ratio"):
         return
-    if draft.text("lr_scheduler") not in _WITH_A_FLOOR:
+    if draft.text("lr_scheduler") not in facts()["with_a_floor"]:
         for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
             draft.idle(key, f"a {draft.text('lr_scheduler')} schedule there does not look at it")
         return
