@@ -24,6 +24,8 @@ _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,3000}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ENDS = (yaml.ScalarToken, yaml.AliasToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+"""Tokens that a value can end with."""
 _PLAIN_WORDS = {
     "mapping values are not allowed": 'a second ": " in one line; put the text in quotes, or break the line',
     "could not find expected ':'": "a line without `key: value`; is a colon missing above?",
@@ -224,6 +226,12 @@ class _Composer:
         return _RefusedError(
             Problem(REFUSED_YAML, self.place_at(event.start_mark), dotted(path), shortened(message, len(message)))
         )
+
+
+def comment_behind(text: str) -> str:
+    """What stands behind the value that a text is read as, and is no part of it."""
+    ends = [token.end_mark.index for token in yaml.scan(text, Loader=_PARSER) if isinstance(token, _ENDS)]
+    return text[max(ends, default=0) :].strip()
 
 
 def _extent(node: Node) -> tuple[int, int]:

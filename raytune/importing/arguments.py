@@ -19,7 +19,8 @@ from raytune.importing.draft import Draft
 from raytune.importing.facts import counterpart, facts
 
 _ZERO_JSON_SETTINGS = ("optimizer", "scheduler")
-"""Sections of DeepSpeed's JSON that change what is trained."""
+"""Sections of DeepSpeed's JSON that take the place of what the file says, even where all in them is `auto`: `WarmupLR` stays at
+its peak, whatever schedule the file names."""
 _OTHER_RECOMPUTATIONS = ("offload", "offload_disk", "unsloth")
 _CHANGES_NOTHING = ("model.attention", "training.compile", "training.liger")
 """Ways to compute the same."""
@@ -298,10 +299,18 @@ def _zero(draft: Draft, said: Mapping[str, Any], how: str) -> None:
                 draft.write("training.zero.nvme_path", offload["nvme_path"], "deepspeed")
     for section in _ZERO_JSON_SETTINGS:
         settings = said.get(section)
-        params = settings.get("params") if isinstance(settings, Mapping) else None
-        if isinstance(params, Mapping) and any(value != "auto" for value in params.values()):
+        if isinstance(settings, Mapping) and settings and not (section == "optimizer" and _is_plain_adamw(draft, settings)):
             draft.add_note("deepspeed", f"its `{section}` is not read: raytune's is that of the training section")
-            draft.open_questions.append(f"whether the {section} in DeepSpeed's JSON is the one of this file: {settings}")
+            draft.open_questions.append(
+                f"whether the {section} in DeepSpeed's JSON, which is what counts there, is the one of this file: {settings}"
+            )
+
+
+def _is_plain_adamw(draft: Draft, settings: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of DeepSpeed is AdamW with the numbers of the file, which has AdamW, too."""
+    params = settings.get("params")
+    is_auto = not isinstance(params, Mapping) or all(value == "auto" for value in params.values())
+    return is_auto and settings.get("type") == "AdamW" and draft.values.get("training.optimizer", "adamw") == "adamw"
 
 
 def trackers(draft: Draft) -> None:

@@ -7,6 +7,8 @@ from raytune.importing.draft import Draft
 from raytune.importing.facts import facts
 
 _BITS = ("load_in_4bit", "load_in_8bit")
+_OF_ADAPTERS = ("lora_", "loraplus_", "peft")
+"""Beginnings of keys that are not looked at without an adapter."""
 _OUTSIDE = {"lm_head", "embed_tokens"}
 """Modules that are not among all linear layers."""
 _KERNELS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention", "xformers_attention", "sage_attention")
@@ -64,6 +66,8 @@ def _method(draft: Draft) -> str:
             names = [_module(name) for name in draft.texts("unfrozen_parameters")]
             words = "modules by their whole names, without .weight"
             draft.write("strategy.freeze.train_only", names, "unfrozen_parameters", note=words)
+        for key in [key for key in draft.nodes if key.startswith(_OF_ADAPTERS) and key != "lora_model_dir"]:
+            draft.idle(key, "there is no adapter")
         return "full"
     bits = 4 if method.startswith("q") or draft.truth("load_in_4bit") else 8 if draft.truth("load_in_8bit") else 0
     ours = answer.ours.partition(": ")[2] if answer else method
@@ -125,6 +129,10 @@ def _warm_up(draft: Draft) -> None:
 
 def _floor_of_rate(draft: Draft) -> None:
     if not draft.asks_for("cosine_min_lr_ratio"):
+        return
+    if draft.text("lr_scheduler") not in facts()["with_a_floor"]:
+        for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
+            draft.idle(key, f"a {draft.text('lr_scheduler')} schedule there does not look at it")
         return
     draft.write("training.min_lr_ratio", draft.number("cosine_min_lr_ratio"), "cosine_min_lr_ratio")
     if draft.asks_for("cosine_constant_lr_ratio"):

@@ -2,7 +2,7 @@
 
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
-from raytune.importing.sources import Source, columns_of, held_out, split, subset, template, write_sources
+from raytune.importing.sources import Source, columns_of, held_out, located, split, subset, template, write_sources
 
 _KEYS = (("data.train", "datasets"), ("data.validation", "test_datasets"), ("data.train", "pretraining_dataset"))
 _TURNS = {"role": "role", "content": "content"}
@@ -62,13 +62,8 @@ def _sources(draft: Draft, key: str, wanted: dict[str, str]) -> list[Source]:
 
 
 def _source(draft: Draft, holder: str, wanted: dict[str, str], *, is_plain: bool) -> Source:
-    source, path, files = Source(), f"{holder}.path", f"{holder}.data_files"
-    named = draft.texts(files)
-    if len(named) == 1:
-        source.set("path", named[0], files, path)
-    else:
-        source.set("path", draft.text(path), path)
-        draft.leave(files, "name each file as a source of its own")
+    source = Source()
+    located(draft, holder, source)
     split(draft, f"{holder}.split", source)
     subset(draft, f"{holder}.name", source)
     _format(draft, holder, source, wanted, is_plain=is_plain)

@@ -134,7 +134,8 @@ class Draft:
         """Set a key of raytune for some keys of the file, or for what the project does where it says none of them. A value that
         raytune has anyway is not written."""
         said = [key for key in keys if self.says(key)]
-        is_default = _default(ours) is not None and _default(ours) == value
+        default = _default(ours)
+        is_default = default is not None and default == value and isinstance(value, bool) == isinstance(default, bool)
         for key in said:
             before = self.accounts.get(key)
             written = dict(before.ours if before else ()) | ({} if is_default else {ours: value})

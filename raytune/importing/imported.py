@@ -82,7 +82,7 @@ def imported(file: str, *, of: ProjectName | None = None, gpus: int | None = Non
     _CONVERT[project.id](draft, file)
     draft.account_for_the_rest()
     if draft.problems:
-        raise ConfigError(sorted(draft.problems, key=lambda problem: problem.place.order))
+        raise ConfigError(sorted(dict.fromkeys(draft.problems), key=lambda problem: problem.place.order))
     _take_back_unread(draft)
     config = nested(draft.values)
     _check(draft, config)
@@ -159,5 +159,5 @@ def _check(draft: Draft, config: Mapping[str, Any]) -> None:
 
 
 def _at_home(draft: Draft, problem: Any) -> Any:
-    place = draft.places.get(problem.key)
-    return replace(problem, place=place) if place else replace(problem, place=Place("imported config"))
+    below = (place for key, place in draft.places.items() if f"{key}.".startswith(f"{problem.key}."))
+    return replace(problem, place=next(below, Place("imported config")))

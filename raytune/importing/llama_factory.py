@@ -15,6 +15,12 @@ from raytune.importing.sources import Source, columns_of, held_out, template, wr
 _INFO = "dataset_info.json"
 _TURNS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 """Tags of chats as OpenAI writes them."""
+_OF_ADAPTERS = {
+    "full": ("lora_", "loraplus_", "pissa_", "oft_", "additional_target"),
+    "oft": ("lora_", "loraplus_", "pissa_"),
+    "lora": ("oft_",),
+}
+"""By method, beginnings of keys that it does not look at."""
 _MEDIA = ("images", "videos", "audios")
 
 
@@ -30,7 +36,10 @@ def convert(draft: Draft, file: str) -> None:
     arguments.schedule(draft)
     pure = draft.truth("pure_bf16")
     used = tuple(key for key in ("bf16", "fp16", "pure_bf16") if draft.says(key))
-    arguments.precision(draft, bf16=draft.truth("bf16") or pure, fp16=draft.truth("fp16"), used=used)
+    bf16, fp16 = draft.truth("bf16") or pure, draft.truth("fp16")
+    if method != "full" and not fp16:  # a frozen base is held and computed in what the machine has: bf16 before the others
+        bf16 = bf16 or None
+    arguments.precision(draft, bf16=bf16, fp16=fp16, used=used)
     if pure:
         draft.add_note("pure_bf16", "weights that are trained are kept in fp32 here")
     if draft.says("disable_gradient_checkpointing"):
@@ -39,6 +48,9 @@ def convert(draft: Draft, file: str) -> None:
     has_rows = _data(draft, os.path.dirname(file))
     epochs = None if draft.asks_for("max_steps") else draft.number("num_train_epochs")
     arguments.evaluation(draft, has_rows=has_rows, every_step_share_of=epochs)
+    if draft.truth("resize_vocab") and method == "lora" and not draft.asks_for("additional_target"):
+        whole = "embedding and head are trained as wholes there, as by adapter.modules_to_save: [embed_tokens, lm_head]"
+        draft.leave("resize_vocab", f"{whole}; as written here, rows of new tokens are")
     if draft.asks_for("add_tokens"):
         draft.write("model.new_tokens", draft.texts("add_tokens"), "add_tokens")
         draft.same("resize_vocab", "new tokens get rows in any case")
@@ -55,6 +67,8 @@ def _method(draft: Draft) -> str:
             "full or lora, import that, and set strategy.unfreeze."
         )
     draft.write("adapter.method", method, "finetuning_type")
+    for key in [key for key in draft.nodes if key.startswith(_OF_ADAPTERS.get(method, ()))]:
+        draft.idle(key, f"finetuning_type is {method}")
     if method == "full":
         return method
     if draft.asks_for("additional_target"):
@@ -84,8 +98,6 @@ def _rotations(draft: Draft) -> None:
         draft.write("adapter.block_size", draft.count("oft_block_size"), "oft_block_size")
     targets = draft.texts("oft_target")
     draft.write("adapter.target_modules", "all-linear" if "all" in targets else targets, "oft_target")
-    for key in [key for key in draft.nodes if key.startswith("lora_")]:
-        draft.idle(key, "there is no LoRA")
 
 
 def _quantization(draft: Draft) -> None:

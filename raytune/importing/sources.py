@@ -1,5 +1,6 @@
 """Data sets of other projects as sources of `data.train` and `data.validation`, and the template of their rows."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from raytune.config.sections.data import FILE_ENDINGS
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
+
+_KINDS = ("json", "csv", "text", "parquet", "arrow")
+"""What stands in place of a path where `data_files` has the paths."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,19 @@ def columns_of(kind: RowFormat, named: Mapping[str, str]) -> dict[str, str]:
     """
     found = {ours: named.get(key, usual) for ours, (key, usual) in kind.columns.items()}
     return {ours: column for ours, column in found.items() if column and column != ours}
+
+
+def located(draft: Draft, holder: str, source: Source) -> None:
+    """Where rows lie: at `path`, or in `data_files`, which are read as a kind of file (`json`) or lie in the folder `path`."""
+    key, files = f"{holder}.path", f"{holder}.data_files"
+    path, is_kind = draft.text(key), draft.text(key) in ("", *_KINDS)
+    named = [] if not draft.says(files) or isinstance(draft.raw(files), dict) else draft.texts(files)
+    if len(named) == 1 and (is_kind or os.path.isdir(path)):
+        source.set("path", named[0] if is_kind else os.path.join(path, named[0]), files, key)
+        return
+    source.set("path", path, key)
+    hub = f"name each file of a hub data set outright: hf://datasets/{path}@COMMIT/FILE"
+    draft.leave(files, "name each file as a source of its own" if is_kind or os.path.isdir(path) else hub)
 
 
 def subset(draft: Draft, key: str, source: Source) -> None:

@@ -5,7 +5,7 @@ import os
 from raytune.importing import arguments
 from raytune.importing.draft import Draft
 from raytune.importing.facts import facts
-from raytune.importing.sources import Source, split, subset, write_sources
+from raytune.importing.sources import Source, located, split, subset, write_sources
 
 _ADAPTERS = ("lora_", "use_rslora", "use_dora")
 
@@ -14,6 +14,9 @@ def convert(draft: Draft, file: str) -> None:
     has_adapter = draft.truth("use_peft")
     _method(draft, has_adapter)
     arguments.training_arguments(draft, file, "lora" if has_adapter else "full")
+    if not draft.says("router_aux_loss_coef"):
+        words = "of a base with experts, TRL adds router_aux_loss_coef 0.001 x how unevenly they are used; here the loss does not"
+        draft.add_note(draft.project.names["base"], words)
     arguments.schedule(draft)
     fp16 = draft.truth("fp16")
     bf16 = draft.truth("bf16") if draft.says("bf16") else not fp16
@@ -103,12 +106,8 @@ def _mixture(draft: Draft) -> None:
         if not draft.open(holder):
             draft.wrong(holder, "a data set (path, split, ...)")
             continue
-        source, files = Source(), draft.texts(f"{holder}.data_files") if draft.says(f"{holder}.data_files") else []
-        if len(files) == 1:
-            source.set("path", files[0], f"{holder}.data_files", f"{holder}.path")
-        else:
-            source.set("path", draft.text(f"{holder}.path"), f"{holder}.path")
-            draft.leave(f"{holder}.data_files", "name each file as a source of its own")
+        source = Source()
+        located(draft, holder, source)
         split(draft, f"{holder}.split", source)
         subset(draft, f"{holder}.name", source)
         if fraction := draft.number(f"{holder}.fraction"):
@@ -125,6 +124,7 @@ def _rows_of_documents(draft: Draft) -> None:
     """Packing, and what happens to a document that is longer than a row."""
     packs, strategy = draft.truth("packing"), draft.text("packing_strategy")
     draft.write("data.packing", "best_fit" if packs else "none", "packing")
+    draft.idle("padding_free", "rows are never padded")
     if packs and strategy in ("bfd_split", "bfd-requeue"):
         draft.write("data.too_long", "split", "packing_strategy")
         draft.idle("truncation_mode", "nothing is cut")

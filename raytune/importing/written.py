@@ -84,7 +84,8 @@ def accounts_of(draft: Draft) -> list[Account]:
 
 
 def _sentence(account: Account) -> str:
-    return f"{account.key}: {shown(account.value)} (line {account.place.line}): {account.note.rstrip('.')}."
+    end = "" if account.note.endswith(".") else "."
+    return f"{account.key}: {shown(account.value)} (line {account.place.line}): {account.note}{end}"
 
 
 def summary(title: str, file: str, accounts: Sequence[Account], open_questions: Sequence[str]) -> list[str]:

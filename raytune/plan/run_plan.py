@@ -428,7 +428,7 @@ class StepTimePlan(Plan):
     binds: Bound
     """What a faster one of would make the step shorter."""
     tokens_per_s: float
-    """Over all workers."""
+    """Of the data, without virtual ones, over all workers."""
 
 
 class CostPlan(Plan):

@@ -141,6 +141,26 @@ def test_an_override_that_would_replace_a_list_of_sections_unsaid_is_refused(ove
     assert [source.path for source in load_config([base], ["data.train={path: c.jsonl}"]).data.train] == ["c.jsonl"]
 
 
+@pytest.mark.parametrize("value", ["Answer in C # only", "#x", "'in quotes' # or not", "Überß # lang", "[a, b] # both", "a\n# b"])
+def test_an_override_is_not_cut_at_what_yaml_takes_for_a_comment(value: str):
+    ((_, key, code, message),) = problems_of(overrides=(f"data.system={value}",))
+    assert (key, code) == ("data.system", "E109")
+    assert "would be a comment" in message
+
+
+@pytest.mark.parametrize(("value", "text"), [("'C # only'", "C # only"), ('"#x"', "#x"), ("a#b", "a#b"), ("|\n  a # b", "a # b")])
+def test_a_sign_of_a_comment_within_a_value_is_part_of_it(value: str, text: str):
+    assert load_config([], [f"data.system={value}"]).data.system == text
+
+
+@pytest.mark.parametrize("key", ["training.zero", "training.early_stopping", "data.fold"])
+def test_a_value_in_place_of_a_section_is_answered_with_its_keys(key: str):
+    ((_, named, code, message),) = problems_of(overrides=(f"{key}=3",))
+    assert (named, code) == (key, "E104")
+    assert message.endswith((f"Name one of its keys: {key}.index, {key}.of", ", ..."))
+    assert "for example" not in message
+
+
 def test_a_later_override_wins():
     assert load_config([], ["training.seed=1", "training.seed=2"]).training.seed == 2
 

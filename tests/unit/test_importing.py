@@ -408,6 +408,8 @@ def test_a_mixture_of_trl_over_a_base_in_4_bits(tmp_path: Path) -> None:
         (FACTORY.replace("identity,chats", "pictures"), "text only"),
         (FACTORY + "quantization_bit: 2\n", "4 or 8 bits"),
         (TRL + "beta: 0.1\n", "preferences"),
+        (TRL + "loss_type: [sigmoid, bco_pair]\n", "theirs.yaml:10:1: loss_type: .*preferences"),
+        (TRL + "precompute_ref_log_probs: true\n", "preferences"),
         ("learning_rate: 1\n", "none of its keys says"),
         ("base_model: x\nuse_peft: true\n", "keys of several projects: base_model of Axolotl; use_peft of TRL.*--of trl"),
         ("model: x\nmodel_class: llm\ntrain_dataset: y\n", "version 1"),
@@ -465,6 +467,99 @@ def test_weights_that_stay_frozen_in_axolotl_stay_frozen(tmp_path: Path) -> None
     assert part.config["strategy"] == {"freeze": {"train_only": ["lm_head", "model.layers.2[0-9]+.mlp"]}}
     rows = made(tmp_path, FULL + "unfrozen_parameters: ['model.embed_tokens.weight$[32000:]']\n")
     assert [each.key for each in rows.left] == ["unfrozen_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "told"),
+    [
+        ("adamw_torch", {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}, ["scheduler"]),
+        ("adamw_torch", {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}}, []),
+        ("adamw_8bit", {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, ["optimizer"]),
+        ("adamw_torch", {"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, ["optimizer"]),
+        ("adamw_torch", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}, ["optimizer"]),
+    ],
+)
+def test_what_deepspeed_takes_in_place_of_the_file_is_said(
+    optimizer: str, settings: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **settings}))
+    found = made(tmp_path, FACTORY + f"optim: {optimizer}\n")
+    assert [name for name in ("optimizer", "scheduler") if f"`{name}` is not read" in account(found, "deepspeed").note] == told
+    assert [name for name in told if any(f"the {name} in DeepSpeed's JSON" in each for each in found.open_questions)] == told
+
+
+def test_llamafactory_without_a_precision_computes_adapters_in_what_the_machine_has(tmp_path: Path) -> None:
+    unsaid = FACTORY.replace("bf16: true\n", "")
+    assert config_from(made(tmp_path, unsaid).config).training.precision == "auto"
+    assert config_from(made(tmp_path, unsaid + "fp16: true\n").config).training.precision == "fp16"
+    full = unsaid.replace("finetuning_type: lora", "finetuning_type: full")
+    assert config_from(made(tmp_path, full).config).training.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "floor"), [("cosine", 0.1), ("rex", 0.1), ("linear", 0.0), ("constant_with_warmup", 0.0), ("one_cycle", 0.0)]
+)
+def test_a_floor_of_axolotl_is_that_of_a_cosine_only(schedule: str, floor: float, tmp_path: Path) -> None:
+    found = made(tmp_path, FULL.replace("lr_scheduler: cosine", f"lr_scheduler: {schedule}") + "cosine_min_lr_ratio: 0.1\n")
+    assert config_from(found.config).training.min_lr_ratio == floor
+    assert account(found, "cosine_min_lr_ratio").fate == ("converted" if floor else "no_effect")
+
+
+@pytest.mark.parametrize(
+    ("text", "unread"),
+    [
+        (FULL + "lora_r: 8\nlora_target_linear: true\nlora_target_modules: [q_proj]\npeft_layers_to_transform: [0]\n",
+         "lora_r lora_target_linear lora_target_modules peft_layers_to_transform"),
+        (FACTORY.replace("finetuning_type: lora", "finetuning_type: full") + "lora_alpha: 8\npissa_init: true\noft_target: all\n",
+         "lora_rank lora_alpha lora_target pissa_init oft_target"),
+        (FACTORY + "oft_target: all\n", "oft_target"),
+    ],
+)  # fmt: skip
+def test_keys_of_an_adapter_that_is_not_there_change_nothing(text: str, unread: str, tmp_path: Path) -> None:
+    found = made(tmp_path, text)
+    assert {account(found, key).fate for key in unread.split()} == {"no_effect"}
+
+
+def test_embeddings_that_llamafactory_trains_as_wholes_are_said(tmp_path: Path) -> None:
+    tokens = "add_tokens: <a>,<b>\nresize_vocab: true\n"
+    assert account(made(tmp_path, FACTORY + tokens), "resize_vocab").fate == "left"
+    named = made(tmp_path, FACTORY + tokens + "additional_target: embed_tokens,lm_head\n")
+    assert account(named, "resize_vocab").fate == "same"
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "found", "fate"),
+    [
+        ("json", "rows.jsonl", "rows.jsonl", "converted"),
+        ("json", "[a.jsonl, b.jsonl]", "json", "left"),
+        ("org/chats", "part.jsonl", "org/chats", "left"),
+        ("FOLDER", "[part.jsonl]", "FOLDER/part.jsonl", "converted"),
+        ("json", "{train: a.jsonl}", "json", "left"),
+    ],
+)
+def test_files_of_a_data_set_are_found_where_they_lie(path: str, files: str, found: str, fate: str, tmp_path: Path) -> None:
+    text = TRL.replace("dataset_name: trl-lib/Capybara\ndataset_config: en", f"datasets: [{{path: {path}, data_files: {files}}}]")
+    imported = made(tmp_path, text.replace("FOLDER", str(tmp_path)))
+    assert imported.config["data"]["train"][0]["path"] == found.replace("FOLDER", str(tmp_path))
+    assert account(imported, "datasets.0.data_files").fate == fate
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training.max_grad_norm +must be a number"):
+        made(tmp_path, FULL + "max_grad_norm: true\n")
+
+
+def test_a_loss_that_trl_adds_for_experts_is_said(tmp_path: Path) -> None:
+    assert "router_aux_loss_coef" in account(made(tmp_path, TRL), "model_name_or_path").note
+    assert not account(made(tmp_path, TRL + "router_aux_loss_coef: 0.0\n"), "model_name_or_path").note
+
+
+def test_what_is_wrong_is_said_once_and_at_home(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as twice_read:
+        made(tmp_path, FULL.replace("micro_batch_size: 2", "micro_batch_size: auto"))
+    assert len(twice_read.value.problems) == 1
+    with pytest.raises(ConfigError, match=r"theirs.yaml:4:\d+ +data.train +give each source a proportion"):
+        made(tmp_path, TRL_LORA.replace("split: train_sft, columns: [messages], fraction: 0.25", "split: train_sft"))
 
 
 def test_a_warm_up_of_one_step_is_one_of_two_as_in_axolotl(tmp_path: Path) -> None:

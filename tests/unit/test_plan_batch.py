@@ -79,6 +79,21 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest(workers: int, traini
         batches(workers, **training)
 
 
+@given(
+    workers=SIZES, total=SIZES, fixed=SIZES, key=st.sampled_from(["per_device_train_batch_size", "gradient_accumulation_steps"])
+)
+def test_other_workers_are_advised_where_there_are_some_that_divide(workers: int, total: int, fixed: int, key: str) -> None:
+    training = {"global_batch_size": total, key: fixed}
+    try:
+        batches(workers, **training)
+    except UserError as refusal:
+        _, advised, divided = str(refusal).partition("set cluster.workers to a divisor of ")
+        assert bool(advised) == (total % fixed == 0)
+        for others in range(1, total + 1):
+            if advised and int(divided.rstrip(".")) % others == 0:
+                batches(others, **training)
+
+
 @given(num_rows=st.integers(1, 5000), epochs=st.floats(0.1, 20))
 def test_the_default_leaves_twenty_steps_wherever_there_are_twenty_rows(num_rows: int, epochs: float) -> None:
     rows_in_epochs = max(1, int(epochs * num_rows))

@@ -510,6 +510,26 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(
         planned(machine, shape, **changed)
 
 
+@pytest.mark.parametrize(
+    ("training", "advice"),
+    [
+        ({"per_device_train_batch_size": 32}, "per_device_train_batch_size=1 training.gradient_accumulation_steps=32"),
+        ({"per_device_train_batch_size": 32, "global_batch_size": 256}, "per_device_train_batch_size=1"),
+        ({"gradient_accumulation_steps": 2, "global_batch_size": 256}, "gradient_accumulation_steps=32"),
+        ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 32},
+         "per_device_train_batch_size=1 training.gradient_accumulation_steps=32"),
+    ],
+)  # fmt: skip
+def test_fewer_rows_at_a_time_are_advised_at_the_same_rows_per_step(training: dict[str, Any], advice: str) -> None:
+    asked = {"gradient_checkpointing": False, **training}
+    with pytest.raises(PlanError, match=r"= 256 packed rows per step.* What would fit: ") as refusal:
+        planned(gpus(8, 40), LLAMA_3_8B, training=asked)
+    assert f"training.{advice}" in str(refusal.value).split("What would fit: ")[1].rstrip(".").split("; or ")
+    changes = dict(change.removeprefix("training.").split("=") for change in advice.split())
+    changed = asked | {key: int(value) for key, value in changes.items()}
+    assert planned(gpus(8, 40), LLAMA_3_8B, training=changed).batch.global_batch_size == 256
+
+
 def test_a_cpu_run_that_exceeds_its_node_is_refused() -> None:
     small = Machine(
         num_nodes=1,

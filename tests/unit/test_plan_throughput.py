@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from raytune.config.sections.adapter import LoraAdapter, QloraAdapter
+from raytune.config.sections.adapter import LoraAdapter, PromptTuningAdapter, QloraAdapter
 from raytune.config.sections.model import Quantization
 from raytune.plan.costs.cost import best_save_interval_s, cost_of
 from raytune.plan.costs.hardware import load_catalogue
@@ -126,6 +126,14 @@ def test_a_step_is_as_long_as_what_binds_it() -> None:
             assert step.seconds == parts.get(step.binds, step.compute_s + step.memory_s)
             workers = changes.get("workers", 1)
             assert step.tokens_per_s == pytest.approx(workers * TOKENS / step.seconds)
+
+
+def test_tokens_per_second_are_those_of_the_data() -> None:
+    """As metrics count them: without the 20 virtual ones that pass through the layers with each row."""
+    step = step_time(
+        workload(adapter=PromptTuningAdapter(method="prompt_tuning"), workers=8, num_tokens=4 * 120), speed("p5.48xlarge"), 120
+    )
+    assert step.tokens_per_s == pytest.approx(8 * 4 * 100 / step.seconds)
 
 
 # --- money

@@ -68,10 +68,23 @@ def test_a_default_that_is_written_over_a_preset_stays_wherever_the_config_goes(
         assert again == config
         assert (at(again, "adapter.rank"), at(again, "adapter.alpha"), at(again, "training.num_train_epochs")) == (
             16,
-            128,
+            32,
             "auto",
         )
         assert [said.partition(" ")[0] for said in preset_reasons(again)] == ["adapter.alpha"]
+
+
+def test_alpha_of_a_preset_is_twice_the_rank_that_is_written():
+    few = config_from({"preset": "code", "adapter": {"rank": 8}})
+    assert (at(few, "adapter.rank"), at(few, "adapter.alpha")) == (8, 16)
+    assert [said for said in preset_reasons(few) if said.startswith("adapter.alpha is 16.0, set by preset code: twice the rank")]
+    assert at(config_from({"preset": "code", "adapter": {"rank": 8, "alpha": 4}}), "adapter.alpha") == 4
+    space = {"adapter.rank": {"grid": [4, 64]}}
+    sweep = config_from({"preset": "style", "data": {"validation_fraction": 0.1}, "sweep": {"space": space}})
+    assert [at(trial_config(sweep, trial), "adapter.alpha") for trial in trials_of(sweep)] == [8, 128]
+    with pytest.raises(ConfigError) as refused:
+        config_from({"preset": "code", "adapter": {"rank": -8}})
+    assert [problem.key for problem in refused.value.problems] == ["adapter.rank"]
 
 
 def test_a_preset_makes_way_for_what_is_laid_over_its_config_later():

@@ -23,7 +23,18 @@ from raytune.config.problems import (
     dotted,
     shown,
 )
-from raytune.config.reading.keys import choices, example_of, in_words, is_open, keys, schema_path, type_at, union_above, unions
+from raytune.config.reading.keys import (
+    choices,
+    example_of,
+    in_words,
+    is_open,
+    keys,
+    keys_in,
+    schema_path,
+    type_at,
+    union_above,
+    unions,
+)
 from raytune.config.reading.overlays import KeyPath, child_of, data_of, deepest, method_of
 from raytune.config.reading.presets import is_of_preset, preset_keys
 from raytune.config.reading.secrets_in import secret_problems
@@ -146,7 +157,10 @@ def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem
     if details["type"] == "missing":
         return Problem(MISSING_KEY, node.key_place, dotted(path), f"is missing; it must be {expected}")
     hint = hint_for_value(schema_path(path), type_at(path), node.plain)
-    if not hint and key and key.annotation == type_at(path) and is_open(key.annotation):
+    if not hint and key and key.is_section:
+        below = [inner.path for inner in keys_in(key.path)]
+        hint = f". Name one of its keys: {', '.join(below[:3])}{', ...' * (len(below) > 3)}"
+    elif not hint and key and key.annotation == type_at(path) and is_open(key.annotation):
         hint = f" (for example {shown(example_of(key))})"
     return Problem(WRONG_VALUE, node.place, dotted(path), f"must be {expected}, got {shown(node.plain)}{hint}")
 

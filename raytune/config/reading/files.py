@@ -12,7 +12,7 @@ from raytune.config.problems import BAD_OVERRIDE, CONFLICT, UNREADABLE, WRONG_VA
 from raytune.config.reading.keys import keys, names_keys
 from raytune.config.reading.overlays import child_of, overlay_at, stacked
 from raytune.config.sections.run import RunConfig
-from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes
+from raytune.config.yaml_nodes import MAX_DEPTH, Node, comment_behind, read_nodes
 from raytune.credentials import find_secret_value
 
 MAX_BYTES = 2**20
@@ -63,6 +63,9 @@ def read_override(text: str, tree: Node, rank: int) -> Reading:
     problems = [replace(problem, key=dotted(tuple(parts))) for problem in problems]
     if leaf is None:
         return None, problems
+    if "#" in value and (comment := comment_behind(value)):
+        message = f"{shown(comment)} would be a comment, no part of the value; put this in quotes within the shell's: '\"...\"'"
+        return None, [*problems, Problem(BAD_OVERRIDE, place, dotted(tuple(parts)), message)]
     try:
         return overlay_at(tree, parts, leaf), problems
     except IndexError as error:

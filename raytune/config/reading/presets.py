@@ -46,7 +46,8 @@ def over_its_preset(tree: Node) -> Node:
     rows = _written(tree, "adapter", "trainable_tokens")
     place = Place(_place_of(name))
     below = Node({}, place, place)
-    for key, (value, _) in _set_by(name, method, _trains_rows(method, _written(tree, "model", "new_tokens"), rows)):
+    trains_rows = _trains_rows(method, _written(tree, "model", "new_tokens"), rows)
+    for key, (value, _) in _set_by(name, method, trains_rows, _written(tree, "adapter", "rank")):
         below = laid_over(below, overlay_at(below, key.split("."), Node(value, place, place)), ())
     return laid_over(below, tree, ())
 
@@ -71,8 +72,9 @@ def preset_keys(config: RunConfig) -> Iterator[tuple[str, str, Any, str]]:
     """What the preset of a config sets: section, key in it, value and reason; nothing without one."""
     if not config.preset:
         return
-    method, rows = config.adapter.method, getattr(config.adapter, "trainable_tokens", None)
-    for key, (value, why) in _set_by(config.preset, method, _trains_rows(method, config.model.new_tokens, rows)):
+    adapter = config.adapter
+    trains_rows = _trains_rows(adapter.method, config.model.new_tokens, getattr(adapter, "trainable_tokens", None))
+    for key, (value, why) in _set_by(config.preset, adapter.method, trains_rows, getattr(adapter, "rank", None)):
         section, _, name = key.partition(".")
         yield section, name, value, why
 
@@ -94,13 +96,16 @@ def _trains_rows(method: Any, new_tokens: Any, rows: Any) -> bool:
     return bool(named) and method in (*RANKED, "trainable_tokens")
 
 
-def _set_by(preset: str, method: Any, trains_rows: bool) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """What a preset sets for a method."""
+def _set_by(preset: str, method: Any, trains_rows: bool, rank: Any) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What a preset sets for a method, at the rank that was written, if any was: alpha is twice the rank, whichever it is."""
     left_out = set()
     if method in WITHOUT_NOISE or trains_rows:
         left_out.add("training.neftune_noise_alpha")
     if method in WITHOUT_DECAY:
         left_out.add("training.weight_decay")
-    for key, value in presets()[preset].values.items():
+    values = presets()[preset].values
+    own_rank = values["adapter.rank"][0] if "adapter.rank" in values else 1
+    at_rank = rank / own_rank if isinstance(rank, int) and rank > 0 else 1
+    for key, (value, why) in values.items():
         if key not in left_out and (not key.startswith("adapter.") or method in RANKED):
-            yield key, value
+            yield key, (value * at_rank if key == "adapter.alpha" else value, why)

@@ -73,7 +73,9 @@ def _no_solution(total: int, workers: int, size: int, micro: int | None, accumul
     else:
         below = total // unit * unit
         nearest = " or ".join(str(rows) for rows in (below, below + unit) if rows)
-        advice = f"The nearest that are possible: {nearest}; or set cluster.workers to a divisor of {total * size}."
+        advice = f"The nearest that are possible: {nearest}"
+        own = (micro or 1) * (accumulation or 1)
+        advice += f"; or set cluster.workers to a divisor of {total // own * size}." if total % own == 0 else "."
     return (
         f"training.global_batch_size {total} cannot be divided: {' x '.join(factors)} = {unit} rows"
         f"{'' if micro and accumulation else ', times a whole number,'} must make {total}. {advice}"

@@ -338,13 +338,13 @@ def _way_out(setting: Setting, rows_per_step: int, data: DataFacts) -> str:
 
 def _advice(setting: Setting, rows_per_step: int, data: DataFacts) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
-    for changes in _kinds_of_change(setting):
+    for changes in _kinds_of_change(setting, rows_per_step):
         fitting = (text for text, changed, machines in changes if _fits(changed, machines, setting, rows_per_step, data))
         if (text := next(fitting, None)) is not None:
             yield text
 
 
-def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
+def _kinds_of_change(setting: Setting, rows_per_step: int) -> Iterator[list[Change]]:
     """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
     config, machine = setting.config, setting.machine
     training, zero, begun = config.training, config.training.zero, setting.begun
@@ -372,9 +372,8 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
         yield [with_training("training.gradient_checkpointing=true", gradient_checkpointing=True)]
     if training.loss == "full":
         yield [with_training("training.loss=chunked", loss="chunked")]
-    if training.per_device_train_batch_size not in ("auto", 1):
-        text, changed = _with_smallest_micro_batch(config)
-        yield [(text, changed, machine)]
+    if smaller := _smallest_micro_batch(setting, rows_per_step):
+        yield [with_training(" ".join(f"training.{key}={value}" for key, value in smaller.items()), **smaller)]
     if zero.copy_per_node is True:
         yield [with_zero("training.zero.copy_per_node=false", copy_per_node=False)]
     if zero.stage != "auto" and not (begun and begun.layout):
@@ -430,14 +429,22 @@ def _lighter_methods(setting: Setting) -> Iterator[list[Change]]:
     yield changes
 
 
-def _with_smallest_micro_batch(config: RunConfig) -> tuple[str, RunConfig]:
-    """One row per forward pass, at the same rows per step."""
-    training = config.training
-    changed: dict[str, object] = {"per_device_train_batch_size": 1}
-    if training.gradient_accumulation_steps != "auto" and training.per_device_train_batch_size != "auto":
-        changed["gradient_accumulation_steps"] = training.gradient_accumulation_steps * training.per_device_train_batch_size
-    text = " ".join(f"training.{key}={value}" for key, value in changed.items())
-    return text, config.model_copy(update={"training": training.model_copy(update=changed)})
+def _smallest_micro_batch(setting: Setting, rows_per_step: int) -> dict[str, int]:
+    """What makes it one row per forward pass, at the same rows per step; nothing where it is that already, or may become it."""
+    training = setting.config.training
+
+    def batch(changed: dict[str, int]) -> BatchPlan:
+        changed_training = rows_of_a_pass(training.model_copy(update=changed), setting.shape)
+        return possible_batches(changed_training, setting.workers, rows_per_step, max_micro_batch=1)[0]
+
+    asked = batch({})
+    if asked.micro_batch_size == 1:
+        return {}
+    changed = {} if training.per_device_train_batch_size == "auto" else {"per_device_train_batch_size": 1}
+    is_fixed = training.gradient_accumulation_steps != "auto"
+    if is_fixed or batch(changed).global_batch_size != asked.global_batch_size:
+        changed["gradient_accumulation_steps"] = asked.accumulation * asked.micro_batch_size
+    return changed
 
 
 def _too_large(way: Fit, room: Room, setting: Setting) -> str:

@@ -99,7 +99,7 @@ def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
     Args:
         work: what a rank does per micro-batch, and how often.
         speed: of the machines.
-        row_tokens: tokens of a row; a document is taken to be as long.
+        row_tokens: tokens of a row, with virtual ones that pass through the layers; a document is taken to be as long.
     """
     compute_s = (work.accumulation * flops_per_micro_batch(work, row_tokens) + update_flops(work)) / speed.flops
     memory_s = _memory_traffic_bytes(work) / speed.memory_bytes_per_s
@@ -117,7 +117,8 @@ def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
     overlapped: Bound = "communication" if communication_s >= offload_s else "offload"
     there: dict[Bound, float] = {"compute": compute_s, "memory bandwidth": memory_s, "communication": exchange_s}
     binds = overlapped if parts[overlapped] > on_gpu else max(there, key=lambda bound: there[bound])
-    tokens = work.workers * work.accumulation * work.num_tokens
+    virtual = work.trained.num_virtual if work.trained.lengthens_rows else 0
+    tokens = work.workers * work.accumulation * work.num_tokens * (row_tokens - virtual) / row_tokens
     return StepTimePlan(
         compute_s=compute_s,
         memory_s=memory_s,
