@@ -2,6 +2,7 @@
 a text that holds JSON alike."""
 
 import json
+from collections import Counter
 from typing import Any
 
 _MOST_NESTED = 200
@@ -35,8 +36,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise UnusableJsonError(f"the key '{twice}' appears twice in one object")
     return values
 
