@@ -374,7 +374,7 @@ def is_ranked_by(name: str) -> Need:
 
 def _has_splits(path: str) -> bool:
     """Whether a path may be a hub data set or a folder, as far as its name tells."""
-    return not {"*", "?"} & {*path} and not path.startswith("demo:") and ending_of(path) not in FILE_ENDINGS
+    return not set("*?") & set(path) and not path.startswith("demo:") and ending_of(path) not in FILE_ENDINGS
 
 
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "schedule_free_adamw")
