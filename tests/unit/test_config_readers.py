@@ -99,7 +99,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "split of a file": (
         {"data": {"train": [{"path": "a.jsonl", "split": "test"}]}},
         "data.train.0.split",
-        "this path is a file, which has no splits",
+        "this path is a file or a pattern, which has no splits",
+    ),
+    "split of a pattern": (
+        {"data": {"train": [{"path": "rows/*", "split": "train[:90%]"}]}},
+        "data.train.0.split",
+        "this path is a file or a pattern, which has no splits",
     ),
     "split of the demo": (
         {"evaluation": {"generation": {"rows": {"path": "demo:test", "split": "test"}}}},
@@ -133,6 +138,7 @@ READ: dict[str, dict[str, Any]] = {
     "defaults that are written": {"training": {"optimizer": "lion", "adam_epsilon": 1e-8}, "evaluation": {"at_start": True}},
     "adam": {"training": {"optimizer": "paged_adamw_8bit", "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6}},
     "split of a hub set": {"data": {"train": [{"path": "owner/rows", "split": "test"}]}},
+    "split of a folder behind a URL": {"data": {"train": [{"path": "s3://bucket/rows/", "split": "test"}]}},
     "split of a folder": {"data": {"train": [{"path": "/data/saved", "split": "test"}]}},
     "template for questions": {
         "data": {"train": [{"path": "a.txt", "format": "text"}], "template": "chatml"},

@@ -27,6 +27,16 @@ def deep(levels: int) -> str:
     return row(meta="@").replace('"@"', "[" * levels + "]" * levels)
 
 
+def in_text(answer: str) -> str:
+    """A row whose turns are JSON in a text.
+
+    Args:
+        answer: as it is written there.
+    """
+    turns = '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "' + answer + '"}]'
+    return json.dumps({"messages": turns}) + "\n"
+
+
 def parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
@@ -93,6 +103,17 @@ READ: dict[str, tuple[str | bytes, list[tuple[str, str]], dict[int, str]]] = {
         [Q_A],
         {2: "1 fields, but the header names 2", 3: "3 fields, but the header names 2"},
     ),
+    "blank-lines-in-front.csv": ("\r\n\nprompt,completion\nQ,A\nQ\n", [Q_A], {5: "1 fields, but the header names 2"}),
+    "header-once-more.csv": (
+        b"\xef\xbb\xbf,prompt,completion\n0,Q,A\n\xef\xbb\xbf,prompt,completion\n0,Q,A\n",
+        [Q_A, Q_A],
+        {3: "the header once more, as where files were put behind each other"},
+    ),
+    "quote-over-lines.csv": (
+        'prompt,completion\nQ,"A\nQ,A\nQ,"A"\nQ,A\n',
+        [Q_A],
+        {2: "not CSV: ',' expected after '\"'; lines 2 to 4 are lost with it"},
+    ),
     "backslash.csv": ('prompt,completion\n"a \\" b",A\nQ,A\n', [Q_A], {2: "not CSV: ',' expected after '\"'"}),
     "single-quotes.csv": ("prompt,completion\n'a,b',A\nQ,A\n", [Q_A], {2: "3 fields, but the header names 2"}),
     "compressed-under-a-plain-name.jsonl": (gzip.compress(GOOD.encode()), [Q_A], {}),
@@ -142,6 +163,31 @@ READ: dict[str, tuple[str | bytes, list[tuple[str, str]], dict[int, str]]] = {
             "sys.set_int_max_str_digits() to increase the limit"
         },
     ),
+    "digits-in-an-array.json": (
+        "[" + GOOD + "," + row(n=0).replace("0}", "1" * 5000 + "}") + "," + GOOD + "]",
+        [Q_A, Q_A],
+        {
+            2: "not usable JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use "
+            "sys.set_int_max_str_digits() to increase the limit"
+        },
+    ),
+    # JSON in a text
+    "good-in-a-text.jsonl": (in_text("A"), [Q_A], {}),
+    "twice-in-a-text.jsonl": (
+        in_text("A") + in_text('A", "content": "B'),
+        [Q_A],
+        {2: "'messages' is text that is not usable JSON (the key 'content' appears twice in one object)"},
+    ),
+    "half-a-character-in-a-text.jsonl": (
+        in_text("A") + in_text("\\ud83d"),
+        [Q_A],
+        {2: "'messages' is text that is not usable JSON (half of a surrogate pair (\\ud83d), which is no character)"},
+    ),
+    "deep-in-a-text.jsonl": (
+        in_text("A") + in_text('A", "meta": ' + "[" * 600 + "]" * 600 + ', "name": "x'),
+        [Q_A],
+        {2: f"'messages' is text that is not {TOO_DEEP.removeprefix('not ').replace(': ', ' (', 1)})"},
+    ),
     # tables
     "large-and-dictionary.parquet": (columns(pa.array(["Q"], pa.large_string()), pa.array(["A"]).dictionary_encode()), [Q_A], {}),
     "nulls.parquet": (columns(["Q", None], ["A", "A"]), [Q_A], {2: "'prompt' is null"}),
@@ -149,6 +195,11 @@ READ: dict[str, tuple[str | bytes, list[tuple[str, str]], dict[int, str]]] = {
         columns(texts(b"Q", b"Q\xff", b"Q"), ["A"] * 3),
         [Q_A, Q_A],
         {2: "not UTF-8: byte 0xff in a text"},
+    ),
+    "far.parquet": (
+        parquet(pa.table({"prompt": ["Q"] * 3, "completion": ["A"] * 3, "date": pa.array([0, 2**60, 0], pa.timestamp("us"))})),
+        [Q_A, Q_A],
+        {2: "'date' cannot be read (OverflowError: date value out of range)"},
     ),
     "nested.parquet": (
         parquet(

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,11 @@ def test_streams_one_behind_another_are_all_read_and_a_damaged_or_torn_one_is_an
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"rows.jsonl{ending} cannot be decompressed .* it is damaged or cut off behind"):
             read(path)
+
+
+def test_frames_that_zstd_skips_may_stand_in_front_as_pzstd_writes_them(tmp_path: Path) -> None:
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    assert values(read(written(tmp_path / "rows.jsonl.zst", (skipped + zstd(LINES)) * 2))) == ROWS + ROWS
 
 
 def test_content_and_not_the_name_says_what_is_compressed(tmp_path: Path) -> None:
@@ -238,6 +244,22 @@ def test_a_folder_that_does_not_say_which_files_are_meant_says_what_is_in_it(
 def test_of_a_folder_whose_files_name_splits_one_is_read_as_datasets_does(split: str, names: list[str], tmp_path: Path) -> None:
     folder(tmp_path, "my-train-0.jsonl", "my-train-1.jsonl", "my-dev.jsonl", "my-test.jsonl", "LICENSE")
     assert [row["text"] for row in values(read(tmp_path, split=split))] == names
+
+
+@pytest.mark.parametrize("split", ["validation", "train[90%:]"])
+@pytest.mark.parametrize("names", [("train-0.jsonl", "train-1.jsonl"), ("a.jsonl", "b.jsonl")])
+def test_a_split_that_a_folder_does_not_have_is_not_all_that_it_has(split: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none is of the split '" + re.escape(split)):
+        read(folder(tmp_path, *names), split=split)
+
+
+def test_a_saved_data_set_without_splits_has_no_other_than_its_own(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["a"]}, split="test").save_to_disk(str(tmp_path / "rows"))
+    for split in ("train", "test"):
+        assert [row["text"] for row in values(read(tmp_path / "rows", split=split))] == ["a"]
+    with pytest.raises(DataError, match=r"rows is one data set without splits, so that it has no split 'train\[:90%\]'"):
+        read(tmp_path / "rows", split="train[:90%]")
 
 
 def test_a_folder_behind_a_url_is_one_too(tmp_path: Path) -> None:

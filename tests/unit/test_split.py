@@ -389,6 +389,26 @@ def test_a_check_needs_the_columns_that_decide(by: str, tmp_path: Path) -> None:
     assert f"rows.jsonl:1: has no 'made', only 'prompt', 'completion', 'created' (data.split.{by})" in str(error)
 
 
+def test_a_file_that_is_measured_and_trained_or_trained_twice_is_told_by_check_and_plan(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name in ("a.jsonl", "held.jsonl"):
+        (folder / name).write_text('{"prompt": "Q", "completion": "A"}\n')
+    held_out = f"{folder}/../parts/held.jsonl"
+    told = f"{held_out} of data.validation is trained too, so that its loss is none of held-out rows"
+    again = f"{folder}/a.jsonl is read by more than one source of data.train, each of which has its rows in an epoch"
+    for train, said in (
+        (f"{folder}/*.jsonl", [told]),
+        (f"{folder}/a.jsonl", []),
+        ([f"{folder}/*.jsonl", f"{folder}/a.jsonl"], [again, told]),
+    ):
+        asked = config(tmp_path, train=train, validation=held_out)
+        assert check_run(asked).losses == said
+        report = plan_run(asked).data_report
+        assert report is not None
+        assert report.split == said
+
+
 def test_trials_of_a_sweep_are_not_measured_on_the_test(tmp_path: Path) -> None:
     asked = config(tmp_path, validation_fraction=0.2, test_fraction=0.2)
     sweep = config_from(asked, ["sweep.space={training.seed: [1, 2]}"])

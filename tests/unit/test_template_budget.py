@@ -133,6 +133,19 @@ def test_threads_are_ended_each_for_itself_and_go_on_afterwards(hasty: None):
     assert sum(isinstance(result, DataError) for result in results) == 2
 
 
+def test_the_beginnings_of_a_long_chat_may_take_as_long_as_they_have_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "SECONDS", 0.1)
+    monkeypatch.setattr(budget, "SECONDS_PER_CHAT", 0.0)
+    renderer = Renderer(
+        tiny_tokenizer(), "{% for turn in messages %}{% for at in range(200) %}{% endfor %}{{ turn.content }}{% endfor %}"
+    )
+    chat = [{"role": role, "content": "x"} for _ in range(100) for role in ("user", "assistant")]
+    beginnings = [Job(chat[:length]) for length in range(1, len(chat) + 1)]
+    started_s = time.thread_time()
+    assert renderer.texts(beginnings) == ["x" * length for length in range(1, len(chat) + 1)]
+    assert time.thread_time() - started_s > 2 * budget.SECONDS, "too fast to show anything"
+
+
 def test_memory_that_another_thread_takes_is_not_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MEMORY", 32 * MIB)
     taken: list[bytes] = []

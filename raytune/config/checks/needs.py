@@ -291,7 +291,7 @@ TEACHER_BESIDE = Need(
 MANY_SPLITS = Need(
     keys=("data.train", "data.validation", "data.test", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
-    otherwise=lambda config: "this path is a file, which has no splits",
+    otherwise=lambda config: "this path is a file or a pattern, which has no splits",
     remedy="name a hub data set or a folder as path",
 )
 CHAT = Need(
@@ -373,8 +373,8 @@ def is_ranked_by(name: str) -> Need:
 
 
 def _has_splits(path: str) -> bool:
-    """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
-    return "://" not in path and not path.startswith("demo:") and ending_of(path) not in FILE_ENDINGS
+    """Whether a path may be a hub data set or a folder, as far as its name tells."""
+    return not set("*?") & set(path) and not path.startswith("demo:") and ending_of(path) not in FILE_ENDINGS
 
 
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "schedule_free_adamw")

@@ -6,6 +6,7 @@ from typing import Any
 
 from raytune.data.conversations.conversation import Message, RowError, kind_of
 from raytune.data.conversations.fields import REASONING
+from raytune.data.conversations.strict_json import strict_json
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -230,6 +231,7 @@ def from_json(text: str, place: str) -> Any:
         RowError: if it does not.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"'{place}' is text that is not JSON ({error})") from error
+        return strict_json(text)
+    except ValueError as error:
+        usable = "usable " * (not isinstance(error, json.JSONDecodeError))
+        raise RowError(f"'{place}' is text that is not {usable}JSON ({error})") from error

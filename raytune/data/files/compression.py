@@ -13,12 +13,14 @@ from raytune.data.files.source_files import SourceFile
 from raytune.errors import DataError
 
 Compression = Literal["gzip", "bz2", "xz", "zstd"]
-# Each is no UTF-8, but for that of bzip2, which is long enough to be no text.
+# Each is no UTF-8, but for those of bzip2, which are long enough to be no text, and of frames that zstd skips, which have a
+# control character.
 _BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
     "gzip": (b"\x1f\x8b",),
     "bz2": tuple(b"BZh%d\x31\x41\x59\x26\x53\x59" % level for level in range(1, 10)),
     "xz": (b"\xfd7zXZ\x00",),
-    "zstd": (b"\x28\xb5\x2f\xfd",),
+    # A frame, or one that is skipped, as `pzstd` writes it in front of each.
+    "zstd": (b"\x28\xb5\x2f\xfd", *(b"%c\x2a\x4d\x18" % first for first in range(0x50, 0x60))),
 }
 _CHUNK_BYTES = 1 << 16
 

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from raytune.config.sections.data import FileKind
 from raytune.data.conversations.conversation import kind_of
+from raytune.data.conversations.strict_json import TOO_DEEP, refuse_unusable, strict_json, unique_keys
 from raytune.data.files.compression import open_bytes
 from raytune.data.files.demo import demo_rows
 from raytune.data.files.sources import BOM, Segment, load_dataset, named_errors, open_arrow, open_parquet
@@ -18,11 +19,6 @@ from raytune.units import MIB, format_bytes
 
 MAX_ROW_BYTES = 32 * MIB
 """A longer line is refused rather than read into memory."""
-
-
-_MOST_NESTED = 200
-"""Objects and lists within each other. What reads them calls itself, as deep as Python goes and no deeper."""
-_TOO_DEEP = f"objects and lists lie in each other more than {_MOST_NESTED} deep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,66 +62,27 @@ def _json_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
 
 def _json_row(data: bytes, line: int) -> FileRow | BadRow:
     try:
-        text = data.decode().rstrip()
-        values = json.loads(text, object_pairs_hook=_object)
+        values = strict_json(data.decode().rstrip())
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
     except json.JSONDecodeError as error:
         is_at_end = error.pos >= len(error.doc) or error.msg.startswith("Unterminated")
         torn = "; the file ends in the middle of the row" if is_at_end and not data.endswith(b"\n") else ""
         return BadRow(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{torn}", line)
-    except RecursionError:
-        return BadRow(f"not usable JSON: {_TOO_DEEP}", line)
     except ValueError as error:
         return BadRow(f"not usable JSON: {error}", line)
-    return _checked_row(
-        values, line, suspicious=b"\\ud" in data or b"\\uD" in data, most_nested=data.count(b"[") + data.count(b"{")
-    )
+    return _row_of(values, line)
 
 
-def _checked_row(values: Any, line: int, *, suspicious: bool, most_nested: int) -> FileRow | BadRow:
-    """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character.
-
-    Args:
-        most_nested: brackets that open in it, some of them perhaps in texts.
-    """
-    if not isinstance(values, dict):
-        return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
-    if most_nested > _MOST_NESTED and _depth(values) > _MOST_NESTED:
-        return BadRow(f"not usable JSON: {_TOO_DEEP}", line)
-    if suspicious:
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return BadRow(f"half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character", line)
-    return FileRow(values, line)
-
-
-def _depth(value: Any) -> int:
-    """Of objects and lists within each other."""
-    depth, level = 0, [value]
-    while level := [one for one in level if isinstance(one, dict | list)]:
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-        depth += 1
-    return depth
-
-
-class _UnusableElement(ValueError):
-    """JSON that is well formed but that we refuse."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _UnusableElement(f"the key '{twice}' appears twice in one object")
-    return values
+def _row_of(values: Any, line: int) -> FileRow | BadRow:
+    if isinstance(values, dict):
+        return FileRow(values, line)
+    return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
 
 
 def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
     """The objects of one JSON array. A syntax error ends the file: what follows it cannot be told apart from what precedes it."""
-    name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=_object)
+    name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=unique_keys)
     with open_bytes(segment.file) as content:
         text = _Window(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), name)
         text.skip("[")
@@ -138,11 +95,10 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
             line = text.line_of_next() if counted is None else next(counted)
             try:
                 element, end = text.decode(decoder)
-                written = text.buffer[text.at : end]
-                suspicious, most_nested = "\\ud" in written.lower(), written.count("[") + written.count("{")
-                row = _checked_row(element, line, suspicious=suspicious, most_nested=most_nested)
-            except _UnusableElement as error:
-                _, end = text.decode(json.JSONDecoder())
+                refuse_unusable(element, text.buffer[text.at : end])
+                row = _row_of(element, line)
+            except ValueError as error:
+                _, end = text.decode(json.JSONDecoder(parse_int=str))  # a number may have more digits than Python reads
                 row = BadRow(f"not usable JSON: {error}", line)
             text.at = end
             yield row
@@ -191,7 +147,7 @@ class _Window:
                 too_long = len(self.buffer) - self.at > MAX_ROW_BYTES
                 if too_long or isinstance(error, RecursionError) or not self._read_more():
                     reason = f"an element is longer than {format_bytes(MAX_ROW_BYTES)}" if too_long else str(error)
-                    reason = _TOO_DEEP if isinstance(error, RecursionError) else reason
+                    reason = TOO_DEEP if isinstance(error, RecursionError) else reason
                     raise DataError(
                         f"{self._name}:{line}: the JSON array cannot be read from here on: {reason}. "
                         f"Repair the file, or write one object per line (jsonl), where only the bad line is lost."
@@ -254,26 +210,31 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
     problems: list[str] = []
     delimiter = "\t" if segment.file.kind == "tsv" else ","
     reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter=delimiter)
+    header, header_line = [], 1
     try:
-        columns = next(reader, [])
+        while not header:  # blank lines before it
+            header_line = reader.line_num + 1
+            if (header := next(reader, None)) is None:
+                return
     except csv.Error as error:
-        raise DataError(f"{segment.file.name}:1: the header cannot be read: {_in_words(error)}.") from error
-    if columns[:1] == [""]:  # the index that pandas writes, under the name that pandas reads it by
-        columns[0] = "Unnamed: 0"
+        raise DataError(f"{segment.file.name}:{header_line}: the header cannot be read: {_in_words(error)}.") from error
+    # The index that pandas writes, under the name that pandas reads it by.
+    columns = ["Unnamed: 0", *header[1:]] if header[0] == "" else header
     if len(columns) == 1 and (other := next((mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter), None)):
         raise DataError(
-            f"{segment.file.name}:1: the header is one column, {columns[0]!r}, as if columns were separated by {other!r}. Write "
-            f"the file with commas, or with tabs and the ending .tsv."
+            f"{segment.file.name}:{header_line}: the header is one column, {columns[0]!r}, as if columns were separated by "
+            f"{other!r}. Write the file with commas, or with tabs and the ending .tsv."
         )
     if problems or len(set(columns)) < len(columns) or not all(column.strip() for column in columns):
         reason = problems[0] if problems else f"every column needs a name of its own, found {columns}"
-        raise DataError(f"{segment.file.name}:1: the header cannot be used: {reason}.")
+        raise DataError(f"{segment.file.name}:{header_line}: the header cannot be used: {reason}.")
     while True:
         line = reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield BadRow(f"not CSV: {_in_words(error)}", line)
+            lost = f"; lines {line} to {reader.line_num} are lost with it" if reader.line_num > line else ""
+            yield BadRow(f"not CSV: {_in_words(error)}{lost}", line)
             continue
         if fields is None:
             return
@@ -282,6 +243,8 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
             problems.clear()
         elif fields and len(fields) != len(columns):
             yield BadRow(f"{len(fields)} fields, but the header names {len(columns)}", line)
+        elif len(fields) > 1 and [fields[0].removeprefix("\ufeff"), *fields[1:]] == header:
+            yield BadRow("the header once more, as where files were put behind each other", line)
         elif fields:
             yield FileRow(dict(zip(columns, fields)), line)
 
@@ -340,20 +303,35 @@ def _read_arrow(segment: Segment) -> Iterator[FileRow | BadRow]:
 def _rows_of_table(batches: Iterable[Any], schema: Any, segment: Segment) -> Iterator[FileRow | BadRow]:
     rows, classes = chain.from_iterable(map(_rows_of_batch, batches)), _classes(schema)
     for line, values in enumerate(rows, segment.first_line):
-        if isinstance(values, UnicodeDecodeError):
-            yield BadRow(f"not UTF-8: byte 0x{values.object[values.start]:02x} in a text", line)
+        if isinstance(values, str):
+            yield BadRow(values, line)
         else:
             yield FileRow(_with_class_names(_without_filled_nulls(values), classes), line)
 
 
+# Text that is no UTF-8, a date behind the year 9999, a key twice in one map: what Arrow holds and Python does not.
+_NO_VALUE = (ValueError, OverflowError, KeyError)
+
+
 def _rows_of_batch(batch: Any) -> list[Any]:
-    """The rows of a batch, with the error in place of one whose text cannot be decoded, which Arrow does not look at."""
+    """The rows of a batch, with the reason in place of one that has a value which cannot be read."""
     try:
         return batch.to_pylist(maps_as_pydicts="strict")
-    except UnicodeDecodeError as error:
+    except _NO_VALUE:
         if batch.num_rows == 1:
-            return [error]
+            return [_reason_of_none(batch)]
         return [row for index in range(batch.num_rows) for row in _rows_of_batch(batch.slice(index, 1))]
+
+
+def _reason_of_none(batch: Any) -> str:
+    for name in batch.schema.names:
+        try:
+            batch.select([name]).to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError as error:
+            return f"not UTF-8: byte 0x{error.object[error.start]:02x} in a text"
+        except _NO_VALUE as error:
+            return f"'{name}' cannot be read ({type(error).__name__}: {error.args[0]})"
+    raise AssertionError("a row without a column that cannot be read")
 
 
 def _classes(schema: Any) -> dict[str, list[str]]:

@@ -137,7 +137,8 @@ def _files_of_folder(path: str, names: Sequence[str], split: str) -> list[str]:
         raise DataError(f"{is_a_folder}. Its files of rows are of several kinds: {kinds}. Name those that are meant, for example "
                         f"'{folder}/*{next(iter(endings))}'.")  # fmt: skip
     splits = {name: _split_of(name) for name in rows}
-    if len(set(splits.values())) > 1:
+    # Without a word of the config, files of one split are what is meant, whichever it is.
+    if len(set(splits.values())) > 1 or split != DataSource.model_fields["split"].default:
         if wanted := [name for name in rows if splits[name] == _SPLITS.get(split, split) and None not in splits.values()]:
             return wanted
         raise DataError(f"{is_a_folder}. Not all of its files say that they are of a split, or none is of the split '{split}'. "

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from raytune.config.sections.data import DataSource
 from raytune.data.files.compression import Compression, compression_of, open_bytes
 from raytune.data.files.demo import demo_rows
 from raytune.data.files.pieces import Version, version_of
@@ -325,6 +326,8 @@ def load_dataset(file: SourceFile) -> Any:
                 if file.split not in loaded:
                     raise DataError(f"{file.name} has no split '{file.split}', only {', '.join(map(str, loaded))}.")
                 loaded = loaded[file.split]
+            elif file.split not in (DataSource.model_fields["split"].default, str(loaded.split)):
+                raise DataError(f"{file.name} is one data set without splits, so that it has no split '{file.split}'.")
             return loaded
         name, _, subset = file.path.partition(":")
         return datasets.load_dataset(name, subset or None, split=file.split)

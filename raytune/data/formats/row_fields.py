@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from raytune.data.conversations.conversation import RowError, kind_of
+from raytune.data.conversations.strict_json import strict_json
 from raytune.data.conversations.turns import from_json, is_empty
 
 _MISSING = object()
@@ -145,8 +146,8 @@ def _opened(value: Any) -> Any:
     """A value, or what it holds if it is an object or a list as JSON in a text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return strict_json(value)
+        except ValueError:
             return value
     return value
 

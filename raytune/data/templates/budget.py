@@ -34,6 +34,9 @@ SECONDS = 2.0
 """Processor time for a call that renders; the slowest known template needs a thousandth of it for a long chat."""
 SECONDS_PER_CHAT = 0.01
 """On top, for each chat of a call that renders many."""
+SECONDS_PER_TURN = 0.001
+"""And for each turn in them: of a long chat all beginnings are rendered, which have many. The slowest known template needs a
+tenth of it."""
 MEMORY = GIB
 """By how much the process may grow while a rendering has gone on for longer than any takes."""
 _TIMES = 3
@@ -56,19 +59,21 @@ _THREAD_CLOCK = 6
 Result = TypeVar("Result")
 
 
-def within_budget(render: Callable[[], Result], name: str, num_chats: int = 1) -> Result:
+def within_budget(render: Callable[[], Result], name: str, num_chats: int = 1, num_turns: int = 0) -> Result:
     """What `render` gives, unless the template takes more than it may.
 
     Args:
         render: is called again where the memory that was taken may be another thread's.
         name: of the template, in messages.
         num_chats: that are rendered.
+        num_turns: that all of them have.
 
     Raises:
         DataError: naming the template and what it took too much of.
     """
+    seconds = SECONDS + SECONDS_PER_CHAT * num_chats + SECONDS_PER_TURN * num_turns
     for number in range(1, _TIMES + 1):
-        watched = _Watched(threading.get_ident(), threading.get_native_id(), SECONDS + SECONDS_PER_CHAT * num_chats)
+        watched = _Watched(threading.get_ident(), threading.get_native_id(), seconds)
         try:
             try:
                 _watchdog.watch(watched)

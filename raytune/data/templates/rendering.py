@@ -139,6 +139,7 @@ class Renderer:
                 ),
                 self._name,
                 len(chats),
+                sum(map(len, chats)),
             )
         check_rendered(max(map(len, texts), default=0), self._name)
         return texts

@@ -195,7 +195,7 @@ class DataReport(Plan):
     test: dict[str, StoreReport] = {}
     """Of the test, by the name of the set in metrics."""
     split: list[str] = []
-    """What the split came to, where more than the hash of each row decides."""
+    """What the split came to, where more than the hash of each row decides, and files that are read for two things."""
     ewc: StoreReport | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
 
