@@ -232,9 +232,7 @@ class HeldModels:
 def _leaves_base(config: PeftConfig) -> bool:
     """Whether the base's weights are as they were while an adapter lies over it."""
     return (
-        getattr(config, "bias", "none") == "none"
-        and getattr(config, "layer_replication", None) is None
-        and leaves_base(config)
+        getattr(config, "bias", "none") == "none" and getattr(config, "layer_replication", None) is None and leaves_base(config)
     )
 
 

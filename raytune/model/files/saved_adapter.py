@@ -19,7 +19,6 @@ from raytune.model.parts.rope import stretch
 from raytune.plan.saved.asked_model import AskedModel
 from raytune.printable import in_a_line
 
-
 STARTS_BESIDE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Starts of LoRA (`init_lora_weights`) under which PEFT leaves the base's weights as they are. The others take something out of
 them, and do so again whenever PEFT loads the adapter."""
@@ -46,18 +45,19 @@ def leaves_base(config: PeftConfig) -> bool:
 
 
 def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
-    """Refuse to put an adapter into a base whose weights its start has changed.
+    """Refuse to lay an adapter into a base out of whose weights its start took a part.
 
     Raises:
-        ModelError: if it has.
+        ModelError: if it did.
     """
     if leaves_base(config):
         return
+    start = getattr(config, "init_lora_weights", None)
     raise ModelError(
-        f"{folder / ADAPTER_CONFIG} says init_lora_weights: {config.init_lora_weights!r}, a start that takes a part out of the "  # pyright: ignore[reportAttributeAccessIssue]
-        f"base's weights, and PEFT takes it out anew when it loads the adapter: over the base as it is, it computes something else. "
-        f"Have PEFT merge it, PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), or save it for the base as it "
-        f"is (path_initial_model_for_weight_conversion of PEFT's save_pretrained)."
+        f"{folder / ADAPTER_CONFIG} says init_lora_weights: {start!r}, a start that takes a part out of the base's weights, anew "
+        f"whenever PEFT loads the adapter: laid into the base as it is, it would compute something else. Have PEFT merge it, "
+        f"PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), or save it for the base as it is "
+        f"(path_initial_model_for_weight_conversion of PEFT's save_pretrained)."
     )
 
 
