@@ -55,7 +55,9 @@ def measure(
     training = {"zero": {"stage": stage}, "gradient_checkpointing": has_checkpointing}
     way = {"size": options.size, "method": method, "stage": stage, "gradient_checkpointing": has_checkpointing}
     try:
-        plan = make_plan(material, method, tokens=options.tokens, steps=WARMUP + MEASURED, training=training, settings=options.set)
+        plan = make_plan(
+            material, method, tokens=options.tokens, steps=WARMUP + MEASURED, training=training, settings=options.set
+        )
     except UserError as error:
         report(BENCH, {**way, "device": name_of(device), "refused": str(error)}, options.output)
         return
