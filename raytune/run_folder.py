@@ -58,6 +58,8 @@
 import re
 from dataclasses import dataclass
 
+BESIDE_RUNS = ("stores", "rates")
+"""Folders of a storage that are no runs, where a run is not called so."""
 MANIFEST = "MANIFEST.json"
 MODEL_CARD = "README.md"
 """In the folder of a model; of a finished run it is no part of what the run left, since anybody may edit it."""

@@ -50,7 +50,7 @@ def report(runs: tuple[str, ...], as_json: bool) -> None:
 def compare(runs: tuple[str, ...], output: str | None, as_json: bool) -> None:
     """Put runs side by side: what was asked otherwise first, then losses, scores, time, dollars, memory and speed.
 
-    RUN is a run folder, finished or not. A star marks the best of a row.
+    RUN is a run folder, finished or not; runs/* names all runs of a storage. A star marks the best of a row.
     """
     from raytune.report.compare_page import write_compare_page
     from raytune.report.comparison import RunComparison

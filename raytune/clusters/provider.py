@@ -5,6 +5,7 @@ The templates are data, in `cluster/`: one per cloud and GPU family. This file s
 
 import glob
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raytune.config.load import as_one_run, dump_yaml
+from raytune.config.sections.cluster import ClusterSection
 from raytune.config.sections.provider import ProviderSection
 from raytune.config.sections.row_sources import named_code, named_models, named_tasks, row_sources
 from raytune.config.sections.run import RunConfig
@@ -71,8 +73,10 @@ ONLY_ON: dict[str, tuple[Cloud, ...]] = {
 RESERVED = ("reservation", "capacity_block")
 NAMES_OF_CLOUDS = {"aws": "AWS", "gcp": "GCP", "azure": "Azure"}
 
-LONGEST_NAME = 40
-"""Of a cluster's name: KubeRay allows 47 letters to a RayJob, and some names get an ending."""
+LONGEST_NAME = 37
+"""Of a cluster's name: GCP allows 63 letters to a rule of a network (raytune-NAME-gpu-7-among-nodes), KubeRay 47 to a RayJob."""
+PARTITIONS = {"us-gov-": "aws-us-gov", "cn-": "aws-cn"}
+"""How regions of AWS begin whose resources have other names (ARNs) than `arn:aws:`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,16 @@ class ClusterSpec:
     @property
     def head_instance(self) -> str:
         return self.user.head_instance or HEADS[self.instance.cloud]
+
+    @property
+    def partition(self) -> str:
+        """Of AWS, which the names of its resources begin with."""
+        return next((name for start, name in PARTITIONS.items() if self.region.startswith(start)), "aws")
+
+    @property
+    def storage_folder(self) -> str | None:
+        """The folder that run folders go to, if they go to one."""
+        return os.path.normpath(self.storage.removeprefix("file://")) if is_local(self.storage) else None
 
     @property
     def bucket(self) -> str | None:
@@ -148,6 +162,7 @@ def cluster_spec(config: RunConfig, catalogue: Catalogue, target: Target) -> Clu
     if target == "kuberay":
         as_one_run(config)  # which the RayJob is to train
     problems = [f"{key}: needed, not set" for key in _missing(spec, target)] + _contradictions(spec, target)
+    problems += _asked_otherwise(section, spec, target)
     if target == "kuberay":
         problems += _not_in_pods(config)
     if problems:
@@ -162,7 +177,12 @@ def cluster_name(run_name: str) -> str:
     """A run's name as clouds and Kubernetes allow names: letters, digits and dashes, starting with a letter."""
     letters = "".join(letter if letter.isalnum() else "-" for letter in run_name)
     letters = letters if letters[0].isalpha() else f"run-{letters}"
-    return letters[:LONGEST_NAME].strip("-")
+    return shortened(letters, LONGEST_NAME).strip("-")
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name of so many letters at most; two that begin alike stay two."""
+    return name if len(name) <= longest else f"{name[: longest - 5].rstrip('-')}-{sha256(name.encode()).hexdigest()[:4]}"
 
 
 def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
@@ -234,7 +254,7 @@ def _missing(spec: ClusterSpec, target: Target) -> list[str]:
         missing.append("provider.container or provider.environment")
     if target == "ray-up" and place_of(spec) == "hosts" and not spec.user.hosts:
         missing.append("provider.hosts")
-    if target in KUBERAY and "://" not in spec.storage and spec.user.kubernetes.storage_claim is None:
+    if target in KUBERAY and spec.storage_folder and spec.user.kubernetes.storage_claim is None:
         missing.append("provider.kubernetes.storage_claim (or a URL as storage)")
     return missing
 
@@ -259,9 +279,24 @@ def _not_in_pods(config: RunConfig) -> list[str]:
     ]
 
 
+def _asked_otherwise(section: ClusterSection, spec: ClusterSpec, target: Target) -> list[str]:
+    """What the run asks of its cluster that this one is not."""
+    num_gpus, problems = spec.num_nodes * spec.instance.num_gpus, []
+    if section.workers != "auto" and section.gpus_per_worker != 0 and section.workers > num_gpus:
+        problems.append(
+            f"cluster.workers: {section.workers}, but {spec.num_nodes} x {spec.instance.name} have {num_gpus} GPUs; set it to "
+            f"{num_gpus} or less, or cluster.nodes to more"
+        )
+    if target == "kuberay" and section.address not in (None, "auto"):
+        problems.append(
+            f"cluster.address: {section.address} is another cluster than the RayJob starts, and the run would join that; drop it"
+        )
+    return problems
+
+
 def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
     user, problems = spec.user, []
-    shared = "://" in spec.storage or f"{spec.storage}/".startswith(f"{user.mount_point.rstrip('/')}/")
+    shared = spec.storage_folder is None or f"{spec.storage_folder}/".startswith(f"{user.mount_point.rstrip('/')}/")
     if target != "network" and not shared:
         problems.append(
             f"storage: {spec.storage} is on one machine; use a folder below {user.mount_point} (provider.mount_point) or a URL"

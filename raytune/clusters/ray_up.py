@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune.clusters.provider import ClusterSpec, Target, place_of, render
+from raytune.clusters.provider import ClusterSpec, Target, place_of, render, shortened
 from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
 from raytune.errors import ClusterError, UserError
@@ -18,6 +18,9 @@ EFA = "/opt/amazon"
 """Where AWS's installer puts the EFA library and NCCL's plug-in for it."""
 EFA_OF_NODE = "/opt/amazon-of-node"
 """Where a container sees what its node has there. The image's own goes first: it fits the image's rdma-core."""
+
+LONGEST_ACCOUNT = 30
+"""Letters of a service account's name in GCP."""
 
 SPOT, RESERVED, ON_DEMAND = "spot", "reserved", "on-demand"
 
@@ -78,10 +81,10 @@ def ray_up_text(spec: ClusterSpec, target: Target = "ray-up") -> str:
         "interfaces": efa_interfaces(spec),
         "num_gpu_networks": spec.instance.num_interfaces if fabric in GPUDIRECT else 0,
         "market": SPOT if spec.spot else RESERVED if user.reservation else ON_DEMAND,
-        "worker_account": f"rt-{spec.name}"[:30].strip("-"),
+        "worker_account": shortened(f"rt-{spec.name}", LONGEST_ACCOUNT),
         "image": _azure_image(user.machine_image or ""),
         "nccl_profile": user.nccl_profile or (GPUDIRECT[fabric].profile if fabric in GPUDIRECT else None),
-        "storage_is_folder": "://" not in spec.storage,
+        "storage_is_folder": spec.storage_folder is not None,
         "gcs_folder": gcs_folder,
         "local_disks": not hosts,
         "activate": "" if user.container else f"export PATH={user.environment}/bin:$PATH; ",

@@ -238,6 +238,8 @@ def _walk(
 
 def _why_not(path: Path, root: Path) -> str:
     """Why a file or folder may not be sent, as its name and kind tell; empty: it may."""
+    if path.name.encode(errors="ignore").decode() != path.name:
+        return "its name is no text in UTF-8"
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode
@@ -265,7 +267,8 @@ def _named_files(folder: Path, root: Path, named: Iterable[str], found: dict[str
     """
     files: dict[str, Path] = {}
     for name in named:
-        for match in sorted(glob.glob(name, root_dir=folder, recursive=True)):
+        # As `source_files` reads them: a file that there is goes before files that its name would match.
+        for match in [name] if (folder / name).exists() else sorted(glob.glob(name, root_dir=folder, recursive=True)):
             inside = os.path.normpath(match)
             path = folder / inside
             left = _Left()

@@ -20,6 +20,7 @@ from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.files.pretrained import load_config, without_bars
+from raytune.model.files.saved_adapter import leaves_base
 from raytune.model.load import Shares, load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.parts.adapter_switch import AdapterSwitch
@@ -34,8 +35,6 @@ from raytune.storage import download_folder, is_local, local_path
 
 MOST_ADAPTERS = 8
 """That are kept over one base. The one that was asked longest ago makes room."""
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-"""Starts of LoRA under which PEFT leaves the base's weights as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,9 +232,7 @@ class HeldModels:
 def _leaves_base(config: PeftConfig) -> bool:
     """Whether the base's weights are as they were while an adapter lies over it."""
     return (
-        getattr(config, "bias", "none") == "none"
-        and getattr(config, "layer_replication", None) is None
-        and getattr(config, "init_lora_weights", True) in _PLAIN_STARTS
+        getattr(config, "bias", "none") == "none" and getattr(config, "layer_replication", None) is None and leaves_base(config)
     )
 
 

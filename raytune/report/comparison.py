@@ -12,6 +12,8 @@ from raytune.launch.state.outcome import Change
 from raytune.metrics.json_numbers import encode_number
 from raytune.report.run_page import value_in_words
 from raytune.report.run_seen import RunSeen
+from raytune.run_folder import BESIDE_RUNS
+from raytune.storage import absolute, exists
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 MOST_WIDE = 40
@@ -53,10 +55,13 @@ class RunComparison:
     def read(cls, paths: Sequence[str]) -> Self:
         """Read the folders of runs, finished or not.
 
+        Args:
+            paths: of runs; what lies beside these in their storage is passed over, so that `runs/*` names them all.
+
         Raises:
             UserError: if there are fewer than two of them, or one is no run.
         """
-        runs = tuple(RunSeen.read(path) for path in paths)
+        runs = tuple(RunSeen.read(path) for path in paths if not _lies_beside_runs(path))
         if len({run.folder.path for run in runs}) < 2:
             raise UserError("Name at least two runs: one beside itself says nothing.")
         names = [run.folder.name for run in runs]
@@ -90,6 +95,10 @@ class RunComparison:
             "differences": {row.label: list(row.values) for row in self.differences},
             "outcomes": {row.label: list(row.values) for row in self.outcomes},
         }
+
+
+def _lies_beside_runs(path: str) -> bool:
+    return absolute(path).rpartition("/")[2] in BESIDE_RUNS and not exists(f"{absolute(path)}/run.json")
 
 
 def _short(cell: str) -> str:

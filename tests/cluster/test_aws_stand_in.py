@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 import boto3
 import pytest
+from moto.moto_api import recorder
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.aws import node_provider
 from ray.autoscaler._private.aws.utils import resource_cache
@@ -65,7 +66,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
             "ENDPOINT_URL": url,
         }.items():
             patch.setenv(f"AWS_{name}", value)
-        patch.setenv("MOTO_RECORDER_FILEPATH", str(folder / "recording"))
+        # Its environment variable counts only before moto is imported; without either it records into the working directory.
+        patch.setattr(recorder, "_location", str(folder / "recording"))
         # Ray asks for all types of machines for every file, which are a megabyte of XML and the same each time.
         patch.setattr(node_provider, "list_ec2_instances", cache(node_provider.list_ec2_instances))
         resource_cache.cache_clear()

@@ -187,6 +187,12 @@ def test_what_lies_in_this_folder_only_is_refused_since_no_pod_has_it(
         text_of("p5.48xlarge", "kuberay", **RELATIVE[key])
 
 
+def test_a_job_does_not_train_in_another_cluster_than_its_own() -> None:
+    with pytest.raises(UserError, match=r"cluster\.address: 10.0.0.1:6379 is another cluster than the RayJob starts"):
+        text_of("p5.48xlarge", "kuberay", cluster={"address": "10.0.0.1:6379"})
+    assert text_of("p5.48xlarge", "kuberay", cluster={"address": "auto"})
+
+
 def test_code_that_the_container_has_is_no_reason_to_refuse_a_job() -> None:
     named: dict[str, Any] = {
         "strategy": {"objective": "/opt/code/my_losses.py:focal"},

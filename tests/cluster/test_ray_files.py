@@ -17,8 +17,9 @@ from click.testing import CliRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raytune.cli import cli
-from raytune.clusters.provider import KUBERAY, cluster_name, cluster_spec
+from raytune.clusters.provider import KUBERAY, Target, cluster_name, cluster_spec
 from raytune.config.load import config_from
+from raytune.config.problems import ConfigError
 from raytune.errors import UserError
 from raytune.plan.costs.hardware import load_catalogue
 from tests.cluster.cases import (
@@ -64,6 +65,39 @@ def prepared(config: dict[str, Any]) -> dict[str, Any]:
 def test_reservations_that_a_file_would_not_ask_for_are_refused(instance: str, provider: dict[str, Any], refusal: str) -> None:
     with pytest.raises(UserError, match=f"provider.{refusal}"):
         text_of(instance, provider=provider)
+
+
+@pytest.mark.parametrize("storage", ["file:///home/me/runs", "/shared/../home/me/runs", "/home/me/runs", "runs"])
+@pytest.mark.parametrize("target", ["ray-up", "kuberay", "kuberay-cluster"])
+def test_storage_of_one_machine_is_refused_however_it_is_written(target: Target, storage: str) -> None:
+    with pytest.raises(UserError, match=f"storage: {re.escape(storage)} is on one machine"):
+        text_of("p5.48xlarge", target, storage=storage)
+    assert "--volume=/shared:/shared" in text_of("p5.48xlarge", storage="file:///shared/runs")
+
+
+@pytest.mark.parametrize("mount_point", ["~", "~/runs", "/"])
+def test_shared_storage_lies_at_one_place_for_every_user(mount_point: str) -> None:
+    with pytest.raises(ConfigError, match=r"provider\.mount_point"):
+        spec_of("p5.48xlarge", provider={"mount_point": mount_point})
+
+
+def test_more_workers_than_the_cluster_has_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match=r"cluster\.workers: 17, but 2 x p5.48xlarge have 16 GPUs; set it to 16 or less"):
+        text_of("p5.48xlarge", cluster={"workers": 17})
+    assert text_of("p5.48xlarge", cluster={"workers": 16})
+
+
+def test_long_names_that_begin_alike_are_two_clusters() -> None:
+    """The second one's file would start, change or end the first one's machines otherwise."""
+    names = [f"llama-3.1-70b-instruct-customer-support-{version}" for version in ("v1", "v2")]
+    specs = [spec_of("a3-megagpu-8g", name=name) for name in names]
+    assert len({spec.name for spec in specs}) == 2
+    assert cluster_name("llama-3.1-8b") == "llama-3-1-8b"
+    accounts = {data_of("a3-megagpu-8g", name=name)["available_node_types"]["gpu"]["node_config"]["serviceAccounts"][0]["email"]
+                for name in names}  # fmt: skip
+    assert len(accounts) == 2
+    for spec in specs:  # https://cloud.google.com/compute/docs/naming-resources
+        assert len(f"raytune-{spec.name}-gpu-7-among-nodes") <= 63
 
 
 def test_a_file_is_written_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:

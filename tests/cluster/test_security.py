@@ -237,3 +237,43 @@ def test_yaml_of_every_target_is_read_the_same_by_a_yaml_1_1_reader() -> None:
     """kubectl, Ray and AWS read YAML 1.1, where `on`, `yes` and 0440 are not what they look like."""
     for instance in INSTANCES:
         assert all(isinstance(key, str) for path, _ in leaves(read_yaml(text_of(instance))) for key in path)
+
+
+TO_BE_TEXT = ["2024-01-05", "1234", "017", "5e1", "true", "null"]
+"""Names that clouds and Kubernetes allow, and that YAML takes for something else than text."""
+KUBERNETES = ("namespace", "queue", "storage_claim", "token_secret", "hub_secret")
+NAMED: dict[tuple[str, Target], tuple[str, ...]] = {
+    ("p5.48xlarge", "ray-up"): ("key_name", "subnet", "security_group", "reservation", "machine_image"),
+    ("p5.48xlarge", "network"): ("network",),
+    ("a3-megagpu-8g", "ray-up"): ("account", "reservation", "machine_image"),
+    ("Standard_ND96isr_H100_v5", "ray-up"): ("account",),
+}
+
+
+@pytest.mark.parametrize("text", TO_BE_TEXT)
+def test_names_that_look_like_numbers_dates_or_truths_stay_text(text: str) -> None:
+    name = text if text.isalpha() else "example"
+    for (instance, target), keys in NAMED.items():
+        plain = data_of(instance, target, name=name, provider=dict.fromkeys(keys, "plain"))
+        assert data_of(instance, target, name=name, provider=dict.fromkeys(keys, text)) == renamed(plain, text)
+    assert data_of("Standard_ND96isr_H100_v5", provider={"resource_group": text})["provider"]["resource_group"] == text
+    assert data_of("p5.48xlarge", name=name)["cluster_name"] == name
+    for target in KUBERAY:
+        plain, odd = (
+            manifests_of("p5.48xlarge", target, name=name, provider={"kubernetes": dict.fromkeys(KUBERNETES, value)})
+            for value in ("plain", text)
+        )
+        assert odd == renamed(plain, text)
+        assert odd[-1]["metadata"]["name"] == name
+
+
+def renamed(data: Any, text: str) -> Any:
+    return json.loads(json.dumps(data).replace("plain", text))
+
+
+def test_roles_in_other_partitions_of_aws_name_what_lies_there() -> None:
+    for region, start in {"us-gov-west-1": "arn:aws-us-gov:", "cn-north-1": "arn:aws-cn:", "us-west-2": "arn:aws:"}.items():
+        network = data_of("p5.48xlarge", "network", storage="s3://bucket/runs", provider={"region": region})
+        names = [value for _, value in leaves(network) if isinstance(value, str) and value.startswith("arn:")]
+        assert names
+        assert all(name.startswith(start) for name in names)

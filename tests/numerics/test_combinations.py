@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -223,6 +223,37 @@ def test_adapters_that_do_not_go_together_are_refused_in_words(material: dict[st
     }.items():
         other = saved_adapter(base, tmp_path / name, 9, **({"r": 4, "target_modules": ["q_proj"]} | config))
         refused([one, other], f"{name}.*Merge .* alone, or leave it out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_taken_out_of_the_base_is_not_laid_into_the_base_as_it_is(
+    start: str, material: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT takes it out again when it loads the adapter; laid over the whole base, it would compute something else."""
+    config = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": start}
+    other = saved_adapter(material["base"], tmp_path / start, 9, **config)
+    for adapters in ([other], [material["one"], other]):
+        with pytest.raises(ModelError, match=f"init_lora_weights: '{start}', a start that takes a part out of the base"):
+            merge_adapters(adapters, tmp_path / "out", Combination(weights=(1.0,) * len(adapters)))
+
+
+def test_adapters_that_start_from_data_are_merged_and_combined(material: dict[str, Path], tmp_path: Path) -> None:
+    """EVA decides where factors start, and leaves the base alone."""
+    config = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "eva", "eva_config": EvaConfig()}
+    eva = saved_adapter(material["base"], tmp_path / "eva", 9, **config)
+    asked = Combination(weights=(0.7, 0.3))
+    merge_adapters([material["one"], eva], tmp_path / "both", asked)
+    wanted, made = by_plain_peft(material["base"], [material["one"], eva], asked), load_file(tmp_path / "both/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(made[name], wanted[name], atol=ONE_ULP_OF_SUMS, rtol=0)
+
+
+def test_biases_of_an_adapters_own_are_refused_in_words(material: dict[str, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(material["one"], tmp_path / "biases")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    with pytest.raises(ModelError, match=r"has biases of its own \(lora_bias\), which are not merged here"):
+        merge_adapter(other, tmp_path / "out")
 
 
 def test_adapters_of_bases_with_other_weights_are_refused_by_their_content(material: dict[str, Path], tmp_path: Path) -> None:

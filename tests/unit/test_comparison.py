@@ -71,6 +71,13 @@ def test_one_run_alone_and_what_is_no_run_are_refused(tmp_path: Path) -> None:
         RunComparison.read([folder, str(tmp_path)])
 
 
+def test_all_runs_of_a_storage_are_compared_though_their_data_lies_beside_them(tmp_path: Path) -> None:
+    three_runs(tmp_path)
+    (tmp_path / "stores").mkdir()
+    (tmp_path / "rates").mkdir()
+    assert len(RunComparison.read([str(path) for path in tmp_path.iterdir()]).runs) == 3
+
+
 def test_the_figure_has_a_line_for_each_run(tmp_path: Path) -> None:
     compared = RunComparison.read(three_runs(tmp_path))
     (axes,) = compared_losses([(name, run.history) for name, run in zip(compared.names, compared.runs)], LIGHT).axes

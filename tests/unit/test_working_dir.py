@@ -283,6 +283,19 @@ def test_what_the_config_names_and_cannot_be_sent_is_refused_with_a_way_out(tmp_
         contents(folder, [named])
 
 
+def test_a_file_is_sent_by_its_name_and_not_what_this_would_match(tmp_path: Path):
+    """Training reads the file of that name where there is one; a job would find another, or none."""
+    folder = write(tmp_path, **{"run.yaml": "", "rows[1].jsonl": "", "rows1.jsonl": "", "more [v2]/a.jsonl": ""})
+    assert own(folder, "rows[1].jsonl") == ["rows[1].jsonl", "run.yaml"]
+    assert own(folder, "more [v2]") == ["more [v2]/a.jsonl", "run.yaml"]
+    assert own(folder, "rows[0-9].jsonl") == ["rows1.jsonl", "run.yaml"]
+
+
+def test_a_name_that_no_archive_can_hold_stays_here_and_is_told(tmp_path: Path):
+    folder = write(tmp_path, **{"run.yaml": "", "caf\udce9.py": ""})  # as an old archive leaves it, in Latin-1
+    assert contents(folder, []).refused == {"caf\udce9.py": "its name is no text in UTF-8"}
+
+
 def test_large_files_are_spoken_of(tmp_path: Path):
     folder = write(tmp_path, **{"run.yaml": ""})
     with (folder / "rows.jsonl").open("w") as file:

@@ -27,6 +27,15 @@ Identifier = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", ti
 Path = Annotated[
     Text, Field(pattern=r"^[~/][A-Za-z0-9._/+-]*$", title="an absolute path without spaces", examples=["/opt/raytune"])
 ]
+MountPoint = Annotated[
+    Text,
+    Field(
+        pattern=r"^/[A-Za-z0-9._+-][A-Za-z0-9._/+-]*$",
+        title="an absolute path of a folder, without ~ and spaces",
+        examples=["/shared"],
+    ),
+]
+"""The same for every user, and not the root."""
 Login = Annotated[Text, Field(pattern=r"^[a-z_][a-z0-9_-]*$", title="a login name", examples=["ubuntu"])]
 KubernetesName = Annotated[
     Text, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", title="a Kubernetes name", examples=["default"])
@@ -117,7 +126,7 @@ class ProviderSection(Section):
     """Image that has the whole environment (cluster/image/Dockerfile), pinned by digest."""
     environment: Path | None = None
     """Without a container: folder of the virtual environment on every node."""
-    mount_point: Path = "/shared"
+    mount_point: MountPoint = "/shared"
     """Folder where nodes see the shared storage."""
     shared_export: (
         Annotated[Text, Field(pattern=r"^[A-Za-z0-9.@_-]+:/[A-Za-z0-9._/-]*$", title="server:/path", examples=["10.0.0.9:/runs"])]

@@ -19,6 +19,10 @@ from raytune.model.parts.rope import stretch
 from raytune.plan.saved.asked_model import AskedModel
 from raytune.printable import in_a_line
 
+STARTS_BESIDE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Starts of LoRA (`init_lora_weights`) under which PEFT leaves the base's weights as they are. The others take something out of
+them, and do so again whenever PEFT loads the adapter."""
+
 
 def adapter_config(folder: Path) -> PeftConfig:
     """What PEFT says of an adapter in its format.
@@ -33,6 +37,28 @@ def adapter_config(folder: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+
+
+def leaves_base(config: PeftConfig) -> bool:
+    """Whether an adapter lies over the base as its files have it."""
+    return getattr(config, "init_lora_weights", True) in STARTS_BESIDE_BASE
+
+
+def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
+    """Refuse to lay an adapter into a base out of whose weights its start took a part.
+
+    Raises:
+        ModelError: if it did.
+    """
+    if leaves_base(config):
+        return
+    start = getattr(config, "init_lora_weights", None)
+    raise ModelError(
+        f"{folder / ADAPTER_CONFIG} says init_lora_weights: {start!r}, a start that takes a part out of the base's weights, anew "
+        f"whenever PEFT loads the adapter: laid into the base as it is, it would compute something else. Have PEFT merge it, "
+        f"PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), or save it for the base as it is "
+        f"(path_initial_model_for_weight_conversion of PEFT's save_pretrained)."
+    )
 
 
 def answers_padded(config: PeftConfig) -> bool:

@@ -38,7 +38,7 @@ from raytune.model.files.base_content import (
 from raytune.model.files.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, COMBINATION, MAX_SHARD_BYTES
 from raytune.model.files.files import resolve_model_path
 from raytune.model.files.pretrained import load_config
-from raytune.model.files.saved_adapter import adapter_config
+from raytune.model.files.saved_adapter import adapter_config, refuse_changed_base
 from raytune.model.files.whole_folder import refuse_taken, scratch_beside, written_whole
 from raytune.model.merging.merge import merge_adapter, refuse_other_base
 from raytune.model.parts.rope import ROPE_FILE, saved_rope, stretch
@@ -127,7 +127,7 @@ def _lora_config(folder: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         kind = str(config.peft_type).rpartition(".")[2]
         raise ModelError(f"{folder} is an adapter of the kind {kind}, and only those of LoRA are combined with others. {alone}")
-    starts = config.init_lora_weights
+    refuse_changed_base(folder, config)
     trained_beside = {
         "DoRA, whose lengths of columns do not add up": config.use_dora,
         "biases (bias)": config.bias != "none",
@@ -136,10 +136,10 @@ def _lora_config(folder: Path) -> LoraConfig:
         "rows of tokens (trainable_token_indices), of which there can be one each": config.trainable_token_indices,
         "parameters outside of layers (target_parameters), which PEFT does not combine": config.target_parameters,
         "layers that it repeats (layer_replication)": config.layer_replication,
-        f"a start that changed the base's weights ({starts})": starts not in (True, False, "gaussian", "orthogonal"),
     }
     if words := [what for what, is_there in trained_beside.items() if is_there]:
         raise ModelError(f"{folder} has {words[0]}: it is not combined with others. {alone}")
+    config.init_lora_weights = True  # some starts look at the base, which has no weights here; what was trained overwrites them
     return config
 
 

@@ -50,7 +50,7 @@ from raytune.model.files.files import resolve_model_path
 from raytune.model.files.freed_memory import freed_at_once
 from raytune.model.files.hub import download_base
 from raytune.model.files.pretrained import load_config, model_class
-from raytune.model.files.saved_adapter import adapter_config, changes_of_base
+from raytune.model.files.saved_adapter import adapter_config, changes_of_base, refuse_changed_base
 from raytune.model.files.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.files.stored_weights import StoredWeights
 from raytune.model.files.whole_folder import refuse_taken, require_room, written_whole
@@ -105,6 +105,12 @@ def merge_adapter(
         raise ModelError(
             f"{adapter_folder} is an adapter of the kind {str(peft_config.peft_type).rpartition('.')[2]}, and only those of "
             f"{merged} are merged. PEFT loads it beside its base: PeftModel.from_pretrained(base, {str(adapter_folder)!r})."
+        )
+    refuse_changed_base(adapter_folder, peft_config)
+    if getattr(peft_config, "lora_bias", False):
+        raise ModelError(
+            f"{adapter_folder} has biases of its own (lora_bias), which are not merged here. PEFT merges them where every layer "
+            f"of the base has a bias: PeftModel.from_pretrained(base, {str(adapter_folder)!r}).merge_and_unload()."
         )
     base = base or peft_config.base_model_name_or_path
     if not base:
