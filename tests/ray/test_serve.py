@@ -366,10 +366,10 @@ def test_of_many_requests_none_is_lost_while_replicas_are_killed(
         client, wanted = client_of(two), expected(plain, "third", [5, 6], 100)[0]
         answers: list[tuple[str, bool]] = []
         failures: list[tuple[openai.APIError, bool]] = []
-        killing = threading.Event()
+        has_ended = threading.Event()
 
         def ask(streams: bool) -> None:
-            while not killing.is_set():
+            while not has_ended.is_set():
                 try:
                     answers.append((asked(client, "third", [5, 6], 100, stream=streams)[0], streams))
                 except openai.APIError as error:
@@ -377,12 +377,14 @@ def test_of_many_requests_none_is_lost_while_replicas_are_killed(
 
         with ThreadPoolExecutor(MOST) as threads:
             work = [threads.submit(ask, number % 2 == 0) for number in range(MOST)]
-            for _ in range(3):
-                until(lambda: len(replicas(two)) == 2)
-                time.sleep(1)
-                os.kill(min(replicas(two)), signal.SIGKILL)
-            until(lambda: len(replicas(two)) == 2)
-            killing.set()
+            try:
+                for _ in range(3):
+                    until(lambda: len(replicas(two)) == 2, patience_s=110)  # it starts beside all that is asked
+                    time.sleep(1)
+                    os.kill(min(replicas(two)), signal.SIGKILL)
+                until(lambda: len(replicas(two)) == 2, patience_s=110)
+            finally:
+                has_ended.set()
             for one in work:
                 one.result()
         assert len(answers) > 100
