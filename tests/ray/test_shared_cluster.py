@@ -103,7 +103,7 @@ def test_workers_that_are_kept_warm_are_forked_run_after_run_and_train_alike(one
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            return trained(name, keep_warm=60), parents
+            return trained(name, keep_warm=600), parents
         finally:
             is_over.set()
             watcher.join()

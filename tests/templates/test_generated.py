@@ -144,6 +144,15 @@ def test_the_assistants_parts_and_their_ends_are_trained_or_the_row_is_refused(e
     property_holds()
 
 
+@settings(PATIENT, database=None)
+@given(HABITS, st.lists(CONVERSATIONS, min_size=4, max_size=8))
+def test_of_long_chats_too_of_which_not_every_beginning_is_rendered(habits: Habits, rows: list[Conversation]) -> None:
+    first, *others = rows
+    behind = [message for row in others for message in row.messages if message["role"] != "system"]
+    tools = next((row.tools for row in rows if row.tools), None)
+    holds(habits, replace(first, messages=(*first.messages, *behind), tools=tools))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", CALLS)
 @pytest.mark.parametrize("ends", ENDS)

@@ -5,10 +5,12 @@ with its tekken tokenizer of version 3 (`encode_instruct`). For Phi-4, Granite a
 """
 
 from datetime import date
+from typing import Any
 
 import pytest
 
-from raytune.data.conversations.conversation import RowError
+from raytune.data.conversations.conversation import Conversation, Message, Origin, RowError
+from raytune.data.templates.rendering import Renderer
 from raytune.data.templates.template import ChatTemplate, Rendered
 from raytune.data.templates.text import SHIPPED, TEMPLATES_FOLDER
 from tests.templates.shapes import SHAPES, Unrendered, plainly_rendered, tokenizer_for
@@ -165,3 +167,53 @@ def test_what_an_assistant_says_and_how_it_ends_is_trained_and_nothing_else(name
 
 def test_every_shipped_template_is_compared_with_something() -> None:
     assert {*EXPECTED} | {*TRAINED} == {*SHIPPED}
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "glm-4.5", "mistral-nemo", "llama-3.1", "deepseek-r1"])
+def test_work_for_a_chat_of_many_turns_grows_with_them_and_each_answer_is_trained_as_in_a_short_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_calls = name not in ("deepseek-r1", "llama-3.1")
+    template = ChatTemplate(tokenizer_for(shipped(name)), shipped(name))
+    num_rendered = 0
+    apply = Renderer._apply
+
+    def counted(renderer: Renderer, chats: list[list[Message]], *how: Any) -> list[str]:
+        nonlocal num_rendered
+        num_rendered += sum(map(len, chats))
+        return apply(renderer, chats, *how)
+
+    monkeypatch.setattr(Renderer, "_apply", counted)
+
+    def trained(num_exchanges: int) -> list[str]:
+        rendered = template.render([_exchanges(num_exchanges, with_calls=with_calls)], "assistant")[0]
+        assert isinstance(rendered, Rendered), rendered
+        return [rendered.text[slice(*span)] for span in rendered.targets]
+
+    answers, short = trained(60), trained(3)
+    per_exchange = len(short) // 3
+    before, num_rendered = num_rendered, 0
+    assert len(answers) == 60 * per_exchange == (120 if with_calls else 60)
+    middle = short[per_exchange : 2 * per_exchange]
+    for number in range(1, 59):
+        own = answers[per_exchange * number : per_exchange * (number + 1)]
+        assert own == [text.replace("N1x", f"N{number}x") for text in middle]
+    trained(120)
+    assert num_rendered < 2.2 * before
+
+
+def _exchanges(number: int, *, with_calls: bool) -> Conversation:
+    """Of each a question, a call with its result, and an answer, or a thought in the last one."""
+    messages: list[Message] = []
+    for index in range(number):
+        name = f"N{index}x"
+        messages.append({"role": "user", "content": f"Where is {name}?"})
+        if with_calls:
+            call = {"type": "function", "id": "call00001", "function": {"name": "forecast", "arguments": {"city": name}}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            messages.append({"role": "tool", "tool_call_id": "call00001", "name": "forecast", "content": f"of {name}"})
+        is_last = index == number - 1
+        thought = "<think>\nHm.\n</think>\n\n" if is_last and not with_calls else ""
+        messages.append({"role": "assistant", "content": f"{thought}It is {name}."})
+    tools = SHAPES["call"].tools if with_calls else None
+    return Conversation(messages=tuple(messages), tools=tools, origin=Origin("long.jsonl", 1))

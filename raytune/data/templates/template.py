@@ -10,7 +10,7 @@ the same probes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +36,8 @@ _LONGER_PROBE: list[Message] = [
     {"role": "user", "content": "Probe2user"},
     {"role": "assistant", "content": "Probe3assistant"},
 ]
+_ALL_ASKED = 8
+"""Answers of a chat up to which the prompt of each is rendered: of a long chat that would be all its beginnings."""
 # What is marked at once: all, or less where a template looks at what is marked and would write another text.
 _ALL_KINDS = ("content", "thought", "reasoning", "argument", "name", "tools")
 _MARKED_KINDS = (_ALL_KINDS, _ALL_KINDS[:4], _ALL_KINDS[:3], _ALL_KINDS[:2], _ALL_KINDS[:1])
@@ -182,7 +184,7 @@ class ChatTemplate:
             set() if answers is not None and row_turns <= answers.keys() else row_turns
             for row_turns, answers in zip(turns, plain)
         ]
-        prompts = self._prompts(conversations, unknown)
+        prompts = self._prompts(conversations, [() if len(row_turns) > _ALL_ASKED else row_turns for row_turns in unknown])
         rendered: list[Rendered | RowError] = []
         for index, (row, text, row_turns, answers) in enumerate(zip(conversations, texts, turns, plain, strict=True)):
             if isinstance(text, RowError):
@@ -325,18 +327,20 @@ class ChatTemplate:
             return self._renderer.one(Job(row.messages[:num_messages], row.tools))
 
         found = TurnSpans(row, text, places, self._ends, up_to, self._eos)
+        said = sorted(turn for turn in turns if row.messages[turn]["role"] == "assistant")
+        starts = self._starts(row, found, said, prompts)
         answers = {}
         for turn in turns:
             if row.messages[turn]["role"] != "assistant":
                 answers[turn] = [Answer(*found.other(turn))]
             elif self._renderer.has_markers:
-                answers[turn] = found.marked(turn, blocks, prompts[turn])
+                answers[turn] = found.marked(turn, blocks, starts[turn])
             else:
-                answers[turn] = [found.answer(turn, prompts[turn])]
+                answers[turn] = [found.answer(turn, starts[turn])]
         return answers
 
     def _prompts(
-        self, conversations: Sequence[Conversation], turns: Sequence[set[int] | list[int]]
+        self, conversations: Sequence[Conversation], turns: Sequence[Collection[int]]
     ) -> list[dict[int, str | RowError]]:
         """For each conversation the generation prompts of its trained answers, by turn; all are rendered at once."""
         wanted = [
@@ -351,6 +355,36 @@ class ChatTemplate:
         for (index, turn), text in zip(wanted, texts, strict=True):
             prompts[index][turn] = text
         return prompts
+
+    def _starts(
+        self, row: Conversation, found: TurnSpans, turns: Sequence[int], prompts: Mapping[int, str | RowError]
+    ) -> dict[int, int]:
+        """Where answers begin.
+
+        Of those of a long chat in front of which stands the same, the first, the middle and the last are asked for. Where they
+        begin at one place behind that, so do the others: not all beginnings of the chat are rendered.
+
+        Args:
+            prompts: of the answers; of more than are all asked for none.
+        """
+        begins = found.marked_start if self._renderer.has_markers else found.start
+        if len(turns) <= _ALL_ASKED:
+            return {turn: begins(turn, prompts[turn]) for turn in turns}
+
+        def asked(some: Collection[int]) -> dict[int, int]:
+            prompts = self._prompts([row], [some])[0]
+            return {turn: begins(turn, prompts[turn]) for turn in sorted(some)}
+
+        gaps = {turn: gap for turn in turns if (gap := found.in_front(turn))}
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for turn, gap in gaps.items():
+            alike.setdefault(gap.kind, []).append(turn)
+        starts = asked({turn for same in alike.values() for turn in (same[0], same[len(same) // 2], same[-1])})
+        for same in alike.values():
+            behind = {starts[turn] - gaps[turn].start for turn in same if turn in starts}
+            if len(behind) == 1 and 0 <= (offset := behind.pop()) <= gaps[same[0]].length:
+                starts |= {turn: gaps[turn].start + offset for turn in same}
+        return starts | asked({*turns} - starts.keys())
 
     def _places(self, row: Conversation, text: str, trained: set[int]) -> dict[Field, list[Span]]:
         """Where the fields of a row lie in its text.
@@ -371,7 +405,7 @@ class ChatTemplate:
             without, places = marks.taken_out(marked, marked_fields)
             if without == text:
                 for field in fields:
-                    is_shown = _is_shown(field, row, text, places) if field in marked_fields else field.text in text
+                    is_shown = _is_shown(field, row, text, places) if field.kind in kinds else field.text in text
                     if not is_shown:
                         self._refuse_hidden(field, row, trained)
                 return places

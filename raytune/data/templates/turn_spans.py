@@ -30,6 +30,16 @@ class Answer:
     """The end of turn that the template leaves out behind the last turn; it is put behind `stop`, and trained."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Between the last words of a turn and the first ones of the answer that follows it."""
+
+    start: int
+    length: int
+    kind: tuple[str, ...]
+    """What it says, and between which kinds of turns."""
+
+
 class TurnSpans:
     """The turns of one conversation.
 
@@ -70,11 +80,11 @@ class TurnSpans:
             )
         }
 
-    def answer(self, turn: int, prompt: str | RowError) -> Answer:
+    def answer(self, turn: int, start: int) -> Answer:
         """What the model writes in an assistant turn.
 
         Args:
-            prompt: the generation prompt for the turns before it, or why there is none.
+            start: where that begins.
 
         Raises:
             RowError: if the text does not show where the turn begins and ends, or holds another turn in the middle of it.
@@ -82,7 +92,6 @@ class TurnSpans:
         own = self._own.get(turn)
         if turn in self._repeated:
             raise Undelimited(f"it writes the answer in turn {turn + 1} more than once")
-        start = self._start(turn, prompt)
         lower = max((stop for _, stop in own), default=start) if own else start
         others = [(other, span) for other, spans in self._own.items() if other != turn for span in spans]
         if inside := next((other for other, (at, _) in others if start <= at < lower), None):
@@ -93,20 +102,18 @@ class TurnSpans:
             return self._last(turn, start, lower)
         return Answer(start, self._stop_between(turn, self._row.messages[turn + 1]["role"], lower, upper))
 
-    def marked(self, turn: int, blocks: Sequence[Span], prompt: str | RowError) -> list[Answer]:
+    def marked(self, turn: int, blocks: Sequence[Span], written: int) -> list[Answer]:
         """What `{% generation %}` blocks hold of an assistant turn, each with the end-of-turn text right behind it.
 
         What the generation prompt writes, a header in the block, is not the model's and not trained.
+
+        Args:
+            written: where what the prompt writes ends.
 
         Raises:
             RowError: if they hold nothing of it.
         """
         lower, upper = self._bounds(turn)
-        if self._own.get(turn):
-            written = self._start(turn, prompt)
-        else:
-            asked = len(prompt) if isinstance(prompt, str) and self._text.startswith(prompt) else lower
-            written = asked if lower <= asked <= upper else lower
         own = [
             (max(start, written), stop)
             for start, stop in self._blocks_of(turn, blocks)
@@ -129,6 +136,13 @@ class TurnSpans:
         ):
             answers[-1] = replace(answers[-1], missing=self._completion(turn))
         return answers
+
+    def in_front(self, turn: int) -> Gap | None:
+        """What stands in front of an answer; None if the answer shows no words."""
+        if turn == 0 or not (own := self._own.get(turn)):
+            return None
+        start, stop = self._bounds(turn)[0], min(own)[0]
+        return Gap(start, stop - start, (self._text[start:stop], self._kind(turn - 1), self._kind(turn)))
 
     def _blocks_of(self, turn: int, blocks: Sequence[Span]) -> list[Span]:
         """The blocks that may be a turn's: its own where there are as many as answers, else all without another turn's words."""
@@ -165,8 +179,23 @@ class TurnSpans:
         behind = re.compile(r"\s*" + re.escape(end.stop)).match(self._text, stop) if end and end.stop else None
         return start, behind.end() if behind else stop
 
-    def _start(self, turn: int, prompt: str | RowError) -> int:
-        """Where an answer begins; behind the turns before it, whatever a prompt for another answer, or no words, suggest."""
+    def marked_start(self, turn: int, prompt: str | RowError) -> int:
+        """As `start`; where an answer that is marked has no words, as far as its prompt goes."""
+        if self._own.get(turn):
+            return self.start(turn, prompt)
+        lower, upper = self._bounds(turn)
+        asked = len(prompt) if isinstance(prompt, str) and self._text.startswith(prompt) else lower
+        return asked if lower <= asked <= upper else lower
+
+    def start(self, turn: int, prompt: str | RowError) -> int:
+        """Where an answer begins; behind the turns before it, whatever a prompt for another answer, or no words, suggest.
+
+        Args:
+            prompt: the generation prompt for the turns before it, or why there is none.
+
+        Raises:
+            Undelimited: if the text does not show it.
+        """
         start = self._header_stop(turn, prompt)
         is_asked = isinstance(prompt, str) and len(prompt) == start and self._text.startswith(prompt)
         if turn == 0 or (is_asked and self._row.messages[turn - 1]["role"] != "assistant"):
