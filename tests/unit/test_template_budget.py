@@ -62,18 +62,19 @@ def opened(template: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("kind", variants([*SLOW][:1], [*SLOW][1:]))
 def test_a_template_without_end_is_ended_after_two_seconds_of_its_own_time(kind: str):
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(DataError, match=r"^the chat template takes more than .* to render a chat. Set data.template"):
         opened(SLOW[kind] + USUAL)
-    assert time.process_time() - began < 3 * SECONDS  # a busy machine takes more time for what is done once
+    assert time.thread_time() - began < 3 * SECONDS  # a busy machine takes more time for what is done once
 
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_step_that_makes_too_much_is_refused_before_it_is_done(kind: str):
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(DataError, match="the chat template makes too much in one step"):
         opened(LARGE[kind] + USUAL)
-    assert time.process_time() - began < SECONDS  # which would end it, too, and with other words
+    # Time would end it, too, and with other words. Memory that is touched for the first time has cost seconds on some machines.
+    assert time.thread_time() - began < 3 * SECONDS
 
 
 @pytest.mark.parametrize("kind", REFUSED)
