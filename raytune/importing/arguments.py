@@ -85,16 +85,19 @@ def batch(draft: Draft) -> None:
     rows, accumulation = draft.count(names["rows"]), draft.count(names["accumulation"])
     if not rows or not accumulation:
         return
-    if draft.gpus is None:
+    sharing = {key: count for key in draft.project.row_sharing if (count := draft.count(key) or 1) > 1}
+    group = math.prod(sharing.values())
+    if draft.gpus is None or draft.gpus % group:
         draft.write("training.per_device_train_batch_size", rows, names["rows"])
         draft.write("training.gradient_accumulation_steps", accumulation, names["accumulation"])
+        among = f", where {' x '.join(f'{key} {count}' for key, count in sharing.items())} GPUs share each row" if sharing else ""
         draft.open_questions.append(
-            f"how many GPUs it was trained on: a step has {rows * accumulation} rows per GPU, as there; `--gpus N` writes the "
-            "rows per step, which then hold on any number"
+            f"how many GPUs it was trained on: a step has {rows * accumulation} rows per GPU, as there{among}; `--gpus N` writes "
+            "the rows per step, which then hold on any number"
+            + (f" ({draft.gpus} are no multiple of {group})" if draft.gpus else "")
         )
         return
-    sharing = [draft.count(key) or 1 for key in draft.project.row_sharing]
-    groups = max(1, draft.gpus // math.prod(sharing))
+    groups = draft.gpus // group
     draft.write("training.global_batch_size", rows * accumulation * groups, names["rows"], names["accumulation"])
     draft.origins["training.global_batch_size"] = (
         f"{names['rows']} {rows} x {names['accumulation']} {accumulation} x {groups} GPUs"
@@ -113,7 +116,12 @@ def length(draft: Draft) -> None:
             draft.write("training.num_train_epochs", value, epochs)
 
 
-def schedule(draft: Draft) -> None:
+def schedule(draft: Draft, *, fewest_steps: int = 1) -> None:
+    """The schedule and its warm-up.
+
+    Args:
+        fewest_steps: of a warm-up that win over a share of all steps; fewer are as if nothing were said.
+    """
     key = draft.project.names["schedule"]
     word, ours = draft.text(key), "training.lr_scheduler_type"
     answer = answer_for_value(ours, word)
@@ -130,7 +138,11 @@ def schedule(draft: Draft) -> None:
         draft.origins["training.warmup_steps"] = f"a {word} schedule has no warm-up there"
         for unread in ("warmup_ratio", "warmup_steps"):
             draft.idle(unread, f"a {word} schedule has no warm-up")
-    elif draft.says("warmup_steps") and (steps := draft.number("warmup_steps")) is not None and steps >= 1:
+    elif (
+        draft.says("warmup_steps")
+        and (steps := draft.number("warmup_steps")) is not None
+        and (steps >= 1 or steps == fewest_steps)
+    ):
         draft.write("training.warmup_steps", int(steps), "warmup_steps")
         draft.idle("warmup_ratio", "warmup_steps wins over it")
     elif draft.says("warmup_ratio") and (ratio := draft.number("warmup_ratio")) is not None:

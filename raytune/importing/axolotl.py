@@ -25,7 +25,7 @@ def convert(draft: Draft, file: str) -> None:
     for ours in ("training.global_batch_size", "training.gradient_accumulation_steps"):
         if "gradient_accumulation_steps" in draft.assumed and ours in draft.values:
             draft.write(ours, draft.values[ours], "batch_size", note="rows per GPU and step there")
-    arguments.schedule(draft)
+    arguments.schedule(draft, fewest_steps=0)
     _warm_up(draft)
     _floor_of_rate(draft)
     _precision(draft)

@@ -12,7 +12,7 @@ from raytune.config.sections.run import RunConfig
 from raytune.config.words.foreign_names import answer_for_name
 from raytune.config.words.near_words import near_words
 from raytune.config.yaml_nodes import Node, scalar
-from raytune.credentials import find_secret
+from raytune.credentials import find_secret, find_secret_value, is_secret_name
 from raytune.importing.facts import Project, counterpart
 
 Fate = Literal["converted", "same", "no_effect", "left"]
@@ -193,7 +193,7 @@ class Draft:
 
     def _account(self, key: str, fate: Fate, note: str, ours: tuple[tuple[str, Any], ...] = ()) -> None:
         node = self.nodes[key]
-        self.accounts[key] = Account(key, node.key_place, _without_secrets(node.plain), fate, ours, note)
+        self.accounts[key] = Account(key, node.key_place, _without_secrets(node.plain, key), fate, ours, note)
 
     def account_for_the_rest(self) -> None:
         """Say of every key that no rule has looked at why nothing is made of it."""
@@ -254,12 +254,16 @@ def _unknown(value: Any) -> str:
     return ""
 
 
-def _without_secrets(value: Any) -> Any:
+def _without_secrets(value: Any, key: str) -> Any:
+    """A value as it may be shown: of a key whose name says that it is secret, none is. A token by its name may be one of text."""
     if isinstance(value, dict):
-        return {key: _without_secrets(child) for key, child in value.items()}
+        return {name: _without_secrets(child, str(name)) for name, child in value.items()}
     if isinstance(value, list):
-        return [_without_secrets(child) for child in value]
-    return "..." if isinstance(value, str) and find_secret(value) else value
+        return [_without_secrets(child, key) for child in value]
+    name = key.rpartition(".")[2]
+    if isinstance(value, str) and (find_secret_value(name, value) or (is_secret_name(name) and not name.endswith("token"))):
+        return "..."
+    return value
 
 
 def _is_off(value: Any) -> bool:

@@ -30,8 +30,8 @@ from raytune.hub.cache import default_hub_cache
 from raytune.launch.cluster.address import named_address
 from raytune.launch.cluster.host import this_machine
 from raytune.launch.data.base_here import check_base_early
+from raytune.launch.data.doubtful_files import doubtful_files
 from raytune.launch.data.prepare import Base, refuse_unknown_tokens, teacher_of, tried_objective
-from raytune.launch.data.read_twice import read_twice
 from raytune.launch.data.stores import DataBuilder
 from raytune.launch.state.begun import begun_for
 from raytune.launch.state.callbacks import load_callbacks
@@ -296,7 +296,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
         of = {what: [one for key, one in here.items() if key.startswith(what)] for what in _TOKENISED}
-        found.losses += found.of(lambda: read_twice(of["data.train"], of["data.validation"], of["data.test"])) or []
+        found.losses += found.of(lambda: doubtful_files(of["data.train"], of["data.validation"], of["data.test"])) or []
         for key, suite in suites_of(reading.config.evaluation).items():
             if all(_is_here(source, reading.is_elsewhere) for source in (*suite.rows, *suite.examples)):
                 few = suite.model_copy(update={"max_rows": min(suite.max_rows, SAMPLE_ROWS)})

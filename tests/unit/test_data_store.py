@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune import data
 from raytune.config.sections.data import DataSource
 from raytune.config.sections.split import SplitSection
 from raytune.data.files import sources
@@ -23,7 +24,7 @@ from raytune.data.rows.shards import ShardResult, ShardTask, Tally, resolved_too
 from raytune.data.rows.source_rows import read_conversations
 from raytune.data.store import tokenising
 from raytune.data.store.build import build_store
-from raytune.data.store.request import StoreRequest
+from raytune.data.store.request import CODE, StoreRequest
 from raytune.data.store.store import Store, StoreInfo
 from raytune.data.templates.text import resolve_template
 from raytune.data.templates.text_encoder import TextEncoder
@@ -33,7 +34,28 @@ from raytune.model.demo import demo_base_path
 from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_split, tiny_store, tiny_tokenizer
 from tests.unit.test_data_template import TOKENIZERS, llama_2_like, llama_3_like, qwen_like
 
-GSM8K = Path("/work/shared/data/gsm8k")
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k"
+DECIDES_NOTHING = {
+    *("batches/batches", "batches/in_front", "batches/slices"),  # what is made of a store
+    *(
+        "store/drafts",
+        "store/place",
+        "store/reading_through",
+        "store/same_rows",
+        "store/store",
+    ),  # where it lies, and how it is read
+    *("files/demo", "files/pieces"),  # content of sources, which has a place of its own in the address
+    *("templates/front", "templates/budget"),  # the template's text, which is in it, too; an end for one that has none
+    *("preview", "rows/choices", "rows/rewording", "store/held_out_origins", "templates/pieces"),  # other uses of rows
+}
+"""Modules of `data` that a store's address leaves out."""
+
+
+def test_each_module_of_data_is_in_the_address_of_a_store_or_decides_nothing_of_it() -> None:
+    folder = Path(str(data.__file__)).parent
+    modules = {file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.py") if file.stem != "__init__"}
+    assert modules == {*CODE} | DECIDES_NOTHING
+    assert not {*CODE} & DECIDES_NOTHING
 
 
 def write(path: Path, rows: Iterable[Any]) -> str:
@@ -507,7 +529,7 @@ def test_builders_that_race_all_end_with_the_one_store(damaged: bool, tmp_path: 
 # --- Real rows ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs /work/shared/data/gsm8k")
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
 def test_gsm8k_is_read_with_mapped_columns(tmp_path: Path) -> None:
     columns = {"prompt": "question", "completion": "answer"}
     source = DataSource(path=str(GSM8K / "test.jsonl"), columns=columns)

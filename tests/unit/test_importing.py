@@ -450,6 +450,9 @@ def test_variables_and_secrets_are_left_out_and_said(tmp_path: Path) -> None:
     assert account(nested, "datasets.0.path").fate == "left"
     assert "which model is trained" in found.open_questions[0]
     assert secret not in json.dumps(found.to_json()) + found.summary + found.yaml
+    found = made(tmp_path, FULL + "swanlab_api_key: mine\nspecial_tokens: {pad_token: <pad>}\n")
+    assert account(found, "swanlab_api_key").value == "..."
+    assert account(found, "special_tokens.pad_token").value == "<pad>"
 
 
 def test_what_nothing_reads_is_left_out_and_said(tmp_path: Path) -> None:
@@ -566,6 +569,23 @@ def test_a_warm_up_of_one_step_is_one_of_two_as_in_axolotl(tmp_path: Path) -> No
     found = made(tmp_path, FULL.replace("warmup_steps: 10", "warmup_steps: 1"))
     assert found.config["training"]["warmup_steps"] == 2
     assert account(found, "warmup_steps").ours == (("training.warmup_steps", 2),)
+
+
+def test_no_warm_up_of_axolotl_wins_over_a_share(tmp_path: Path) -> None:
+    found = made(tmp_path, FULL.replace("warmup_steps: 10", "warmup_steps: 0\nwarmup_ratio: 0.1"))
+    assert "warmup_ratio" not in found.config["training"]
+    assert found.config["training"]["warmup_steps"] == 0
+    assert account(found, "warmup_ratio").fate == "no_effect"
+    found = made(tmp_path, TRL + "warmup_steps: 0\nwarmup_ratio: 0.1\n")
+    assert found.config["training"]["warmup_ratio"] == 0.1
+
+
+def test_gpus_that_are_no_whole_groups_say_no_rows_per_step(tmp_path: Path) -> None:
+    text = FULL + "context_parallel_size: 4\n"
+    assert "global_batch_size" in made(tmp_path, text, gpus=8).config["training"]
+    found = made(tmp_path, text, gpus=6)
+    assert "global_batch_size" not in found.config["training"]
+    assert any("(6 are no multiple of 4)" in question for question in found.open_questions)
 
 
 def test_the_verb_prints_or_writes_and_never_over_a_file(tmp_path: Path) -> None:

@@ -409,6 +409,21 @@ def test_a_file_that_is_measured_and_trained_or_trained_twice_is_told_by_check_a
         assert report.split == said
 
 
+def test_a_folder_whose_files_say_that_they_are_a_tests_is_trained_with_a_word(tmp_path: Path) -> None:
+    folder = tmp_path / "rows-2026"
+    folder.mkdir()
+    for name in ("gsm8k-test-0.jsonl", "gsm8k_test_1.jsonl"):
+        (folder / name).write_text('{"prompt": "Q", "completion": "A"}\n')
+    told = (
+        f"{folder} of data.train has files of the split test alone, by their names, and they are trained (split: test beside "
+        "its path says that this is meant)"
+    )
+    for train, said in ((str(folder), [told]), ({"path": str(folder), "split": "test"}, []), (f"{folder}/gsm8k*.jsonl", [])):
+        assert check_run(config(tmp_path, train=train)).losses == said
+    folder = folder.rename(tmp_path / "test")
+    assert check_run(config(tmp_path, train=str(folder))).losses == []
+
+
 def test_trials_of_a_sweep_are_not_measured_on_the_test(tmp_path: Path) -> None:
     asked = config(tmp_path, validation_fraction=0.2, test_fraction=0.2)
     sweep = config_from(asked, ["sweep.space={training.seed: [1, 2]}"])

@@ -136,7 +136,7 @@ def _files_of_folder(path: str, names: Sequence[str], split: str) -> list[str]:
         kinds = ", ".join(f"{count} {ending}" for ending, count in endings.items())
         raise DataError(f"{is_a_folder}. Its files of rows are of several kinds: {kinds}. Name those that are meant, for example "
                         f"'{folder}/*{next(iter(endings))}'.")  # fmt: skip
-    splits = {name: _split_of(name) for name in rows}
+    splits = {name: split_in_name(name) for name in rows}
     # Without a word of the config, files of one split are what is meant, whichever it is.
     if len(set(splits.values())) > 1 or split != DataSource.model_fields["split"].default:
         if wanted := [name for name in rows if splits[name] == _SPLITS.get(split, split) and None not in splits.values()]:
@@ -147,7 +147,7 @@ def _files_of_folder(path: str, names: Sequence[str], split: str) -> list[str]:
     return rows
 
 
-def _split_of(name: str) -> str | None:
+def split_in_name(name: str) -> str | None:
     """The split that a file is of, if its name says so."""
     words = [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]
     return words[-1] if words else None

@@ -19,13 +19,13 @@ from raytune.data.store.packing import Packing
 from raytune.plan.data import data_report, mixing, row_lengths
 from raytune.plan.data.mixing import EACH_ROW_ONCE, Mixture
 
-# Modules whose code decides what a store holds.
-_CODE = (
+CODE = (
     "conversations/conversation",
     "conversations/fields",
     "conversations/long_chats",
     "conversations/masking",
     "conversations/shaping",
+    "conversations/strict_json",
     "conversations/token_classes",
     "conversations/turns",
     "files/columns",
@@ -75,6 +75,7 @@ _CODE = (
     "templates/turn_ends",
     "templates/turn_spans",
 )
+"""Modules of `data` whose code decides what a store holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,5 +165,5 @@ def code_fingerprint() -> str:
     """Of the code that decides what a store holds."""
     here = Path(__file__).parents[1]
     planned = (str(module.__file__) for module in (data_report, mixing, row_lengths))
-    files = [*(here / f"{name}.py" for name in _CODE), *map(Path, planned)]
+    files = [*(here / f"{name}.py" for name in CODE), *map(Path, planned)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -42,8 +42,8 @@ from raytune.errors import DataError
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.launch.data.doubtful_files import doubtful_files
 from raytune.launch.data.first_window import first_window
-from raytune.launch.data.read_twice import read_twice
 from raytune.launch.data.tokenising import show_tokenising
 from raytune.plan.choosing.suites import suite_plan
 from raytune.plan.data.augmenting import code_of
@@ -159,7 +159,7 @@ class DataBuilder:
             train=train.report.named(looked_at),
             validation={one.name: one.report(names) for one in validation},
             test={one.name: one.report(names) for one in test},
-            split=[*of_split, *read_twice(data.train, data.validation, data.test)],
+            split=[*of_split, *doubtful_files(data.train, data.validation, data.test)],
             ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
         )
         refuse_exceeded(verdicts(report, config.data))
