@@ -23,6 +23,7 @@ LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
 ADAPTERS: dict[str, Any] = {
     "lora": LoraConfig(r=2, **LORA),
     "another": LoraConfig(r=4, lora_alpha=64, **{**LORA, "target_modules": ["v_proj"]}),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa", **LORA),
     "biases": LoraConfig(r=2, bias="all", **LORA),
     "head": LoraConfig(r=2, modules_to_save=["lm_head"], **LORA),
     "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -68,6 +69,7 @@ def alone(saved: Path, name: str) -> Tensor:
         (("base", "lora", "another", "base", "lora"), 1),
         (("lora", "base", "prompt", "base", "ia3", "base"), 3),
         (("base", "biases", "base", "lora"), 2),
+        (("base", "pissa", "base", "lora"), 2),
         (("head", "base", "lora", "head"), 3),
     ],
 )

@@ -1,6 +1,7 @@
 """A saved adapter, told by its files: what it lies over, and whether it fits a base. No weight of a base is read."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def refuse_unfit_adapter(one: AskedModel) -> None:
             whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         with as_asked(), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            own: Any = PeftModel.from_pretrained(whole, folder, torch_device="cpu").active_peft_config
+            asked = adapter_config(Path(folder))
+            if not leaves_base(asked):  # its start is made of values, and nothing has any here
+                asked = replace(asked, init_lora_weights=True)  # pyright: ignore[reportCallIssue]
+            own: Any = PeftModel.from_pretrained(whole, folder, config=asked, torch_device="cpu").active_peft_config
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unfit(folder, model.path, in_a_line(error)) from error
     if missing := next((str(each.message) for each in told if "missing adapter keys" in str(each.message)), None):
