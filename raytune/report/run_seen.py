@@ -20,7 +20,7 @@ from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
-from raytune.run_folder import RunFolder
+from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_bytes
 
 
@@ -53,6 +53,8 @@ class RunSeen:
         folder = RunFolder(storage, name)
         record = RunRecord.read(folder)
         if record is None:
+            if exists(SweepFolder(storage, name).sweep):
+                raise UserError(f"{folder.path} is a sweep. Name its trials, which are runs: {folder.path}/trials/*")
             raise UserError(f"{folder.path} is no run folder: it has no run.json. Name one, such as runs/quickstart.")
         if not exists(folder.plan):
             raise UserError(f"Run {folder.path} has no plan yet, so there is nothing to tell. Ask again once it has begun.")

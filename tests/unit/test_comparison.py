@@ -69,6 +69,9 @@ def test_one_run_alone_and_what_is_no_run_are_refused(tmp_path: Path) -> None:
         RunComparison.read([folder, f"{folder}/"])
     with pytest.raises(UserError, match="is no run folder"):
         RunComparison.read([folder, str(tmp_path)])
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a sweep. Name its trials, which are runs: .*/trials/\*"):
+        RunComparison.read([folder, str(tmp_path)])
 
 
 def test_all_runs_of_a_storage_are_compared_though_their_data_lies_beside_them(tmp_path: Path) -> None:
