@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -154,6 +155,8 @@ def running_cluster(folder: Path, *, dashboard: bool = False) -> Iterator[tuple[
     """A Ray cluster of this machine: its address and its processes."""
     from ray.cluster_utils import Cluster
 
+    # Cluster writes its address there, and does not make the folder.
+    Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray").mkdir(parents=True, exist_ok=True)
     before = set(psutil.Process().children())
     cluster = Cluster(
         initialize_head=True,
