@@ -41,7 +41,7 @@ from raytune.training.checkpoints.commit import (
 from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
 from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.engines.state_files import Write, write_now
-from tests.numerics.processes import run_on_ranks
+from tests.numerics.processes import PRELOADED, run_on_ranks
 from tests.variants import chequered
 
 WAITING = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
@@ -563,7 +563,9 @@ def save_for_ever(folder: RunFolder) -> None:
 
 
 def test_a_process_killed_while_saving_leaves_an_intact_commit(local_folder: RunFolder) -> None:
-    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(local_folder,), daemon=True)
+    context = multiprocessing.get_context("forkserver")  # a fork of this process, which has threads, has died of one
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=save_for_ever, args=(local_folder,), daemon=True)
     process.start()
     assert process.pid is not None
     try:

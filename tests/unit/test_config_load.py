@@ -319,7 +319,6 @@ NASTY = {
     "own tag": ("name: !env HOME\n", "1:7", "name", "E108", "!env"),
     "no bucket": ("storage: s3:///runs\n", "1:10", "storage", "E104", "must name a bucket, as s3://bucket/folder"),
     "no place at all": ('storage: "abfs://"\n', "1:10", "storage", "E104", "must name a bucket"),
-    "memory of one process": ("storage: memory://runs\n", "1:10", "storage", "E104", "must be a folder or a bucket"),
     "one slash": ("storage: s3:/bucket/runs\n", "1:10", "storage", "E104", "must have two slashes"),
     "unknown alias": ("storage: *home\n", "1:10", "storage", "E108", "needs quotes"),
     "alias of itself": ("training: &a {zero: *a}\n", "1:21", "training.zero", "E108", "refers to nothing"),
@@ -622,5 +621,5 @@ def test_many_unknown_keys_are_refused_in_seconds(tmp_path: Path, num_keys: int)
     path = written(tmp_path, "training:\n" + "".join(f"  key{i}: [1, 2e-4, 'abc', x]\n" for i in range(num_keys)))
     started = time.process_time()
     assert len(problems_of(path)) == MAX_PROBLEMS
-    # 1.5 s measured for 32,000; 100 s when every key got its hint.
-    assert time.process_time() - started < 20 * num_keys / 32_000
+    # Where every key got its hint, it took 3 ms of each; now a few get one, which takes a second on a slow machine.
+    assert time.process_time() - started < 2 + 0.6e-3 * num_keys

@@ -176,6 +176,19 @@ def test_each_thought_is_trained_behind_the_tokens_that_a_model_is_asked_with(tm
     )
 
 
+def test_names_of_speakers_that_the_template_does_not_show_are_told(tmp_path: Path) -> None:
+    chats = [
+        [said("user", "Q", name="Ada"), said("assistant", "A", name="Bob")],
+        [said("user", "Q"), said("assistant", "A", name="Bob")],
+    ]
+    told = "3 turns without the name of who speaks (`name`), which the template does not show"
+    shows = FORGETFUL.replace("m.role + '\\n'", "m.role + (' ' + m.name if m.name else '') + '\\n'")
+    for number, (template, is_told) in enumerate(((FORGETFUL, True), (shows, False))):
+        (folder := tmp_path / str(number)).mkdir()
+        info = build(folder, chats, template)
+        assert any(told in line for line in store_text(info.report)) == is_told
+
+
 @pytest.mark.parametrize(
     ("reasoning", "pieces", "left"),
     [("last", ["A1<|im_end|>", "<think>\nT2\n</think>\n\nA2<|im_end|>"], 1), ("none", ["A1<|im_end|>", "EA2<|im_end|>"], 2)],

@@ -95,11 +95,20 @@ def chat_documents(
         for piece, document in zip(each.pieces, documents):
             if document.rendered and document.rendered.num_hidden_thoughts:
                 tally.counts["thoughts_not_shown"] += document.rendered.num_hidden_thoughts
+            if document.rendered and (num_hidden := _num_hidden_names(piece, document.rendered.text)):
+                tally.counts["names_not_shown"] += num_hidden
             if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
                 _compare_prompts(piece, document, encoder, template, options.targets, tally)
         if options.targets != "all":
             tally.counts["empty_thoughts"] += sum(one.rendered.num_empty_thoughts for one in fitted if one.rendered)
         yield fitted
+
+
+def _num_hidden_names(conversation: Conversation, text: str) -> int:
+    """Turns whose speaker has a name (as in OpenAI's chats of several people) that the template did not write. That of a tool
+    stands in its call."""
+    named = ((message["role"], message.get("name")) for message in conversation.messages)
+    return sum(role != "tool" and isinstance(name, str) and name not in text for role, name in named)
 
 
 def _usable(found: Document | RowError) -> Document:

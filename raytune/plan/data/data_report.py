@@ -120,6 +120,8 @@ class SourceReport(Plan):
     """That became a document for each exchange (`data.reasoning: each`)."""
     thoughts_not_shown: int = 0
     """Thoughts of turns that are not trained and that the template does not show, as those of earlier answers."""
+    names_not_shown: int = 0
+    """Turns with the name of who speaks (`name`), which the template does not show."""
     empty_thoughts: int = 0
     """Trained answers that begin with an empty thought (`data.train_empty_thought`)."""
     shortened: int = 0
@@ -373,6 +375,7 @@ _SHAPED = {
         "{} trained as a document for each exchange, behind the turns before it (data.reasoning: each)",
     ),
     "thoughts_not_shown": ("thought", "{} left out by the template: not trained, and not seen by later answers"),
+    "names_not_shown": ("turn", "{} without the name of who speaks (`name`), which the template does not show"),
     "empty_thoughts": (
         "answer",
         "{} beginning with an empty thought (data.train_empty_thought)",
