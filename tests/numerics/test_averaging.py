@@ -131,15 +131,15 @@ def test_the_average_of_updates_is_that_of_plain_peft(material: Material) -> Non
 
 Ways = list[tuple[str, int]]
 WAYS: list[Any] = [
-    pytest.param([("last", 0), ("ema", 3)], id="some"),
-    pytest.param([("ema", 0), ("ema", 1), ("ema", 2), ("last", 2), ("last", 3)], id="others", marks=pytest.mark.slow),
+    pytest.param([("ema", 3)], id="some"),
+    pytest.param([("last", 0), ("ema", 0), ("ema", 1), ("ema", 2), ("last", 2), ("last", 3)], id="others", marks=pytest.mark.slow),
 ]
 """Kind and stage, stage 3 last: it replaces torch's linear function for the rest of a process."""
 
 
 @pytest.mark.parametrize("ways", WAYS)
 def test_every_stage_on_two_ranks_averages_as_one_process(ways: Ways, odd: Material) -> None:  # noqa: F811
-    alone = {kind: train_averaged(averaged_plan(odd, KINDS[kind])) for kind in KINDS}
+    alone = {kind: train_averaged(averaged_plan(odd, KINDS[kind])) for kind in {kind for kind, _ in ways}}
     plans = [averaged_plan(odd, KINDS[kind], workers=2, stage=stage) for kind, stage in ways]
     ranks = run_on_ranks(train_each, 2, [(plan, Change()) for plan in plans])
     for (kind, stage), shared in zip(ways, ranks[0], strict=True):
