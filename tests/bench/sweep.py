@@ -65,7 +65,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
                 name = f"{way.replace(' ', '-').lower()}-{number}"
                 measured[way].append(measure(way, folder, name, address, pids, options))
     for way, rounds in measured.items():
-        figures: dict[str, Any] = {"figure": "16-trial sweep", "way": way, "trials": options.trials, "steps": options.steps}
+        figures: dict[str, Any] = {"figure": "sweep", "way": way, "trials": options.trials, "steps": options.steps}
         figures |= {key: [values[key] for values in rounds] for key in rounds[0]}
         for key in ("makespan_s", "cpu_s", "start_s_of_trial"):
             ours, theirs = (min(values[key] for values in measured[one]) for one in (SWEEP, way))
