@@ -132,7 +132,9 @@ def test_the_average_of_updates_is_that_of_plain_peft(material: Material) -> Non
 Ways = list[tuple[str, int]]
 WAYS: list[Any] = [
     pytest.param([("ema", 3)], id="some"),
-    pytest.param([("last", 0), ("ema", 0), ("ema", 1), ("ema", 2), ("last", 2), ("last", 3)], id="others", marks=pytest.mark.slow),
+    pytest.param(
+        [("last", 0), ("ema", 0), ("ema", 1), ("ema", 2), ("last", 2), ("last", 3)], id="others", marks=pytest.mark.slow
+    ),
 ]
 """Kind and stage, stage 3 last: it replaces torch's linear function for the rest of a process."""
 
