@@ -296,8 +296,6 @@ def _asked_otherwise(section: ClusterSection, spec: ClusterSpec, target: Target)
 
 def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
     user, problems = spec.user, []
-    if spec.storage.startswith("memory://"):
-        problems.append(f"storage: {spec.storage} is the memory of one process, which no other reads; use a bucket or a folder")
     shared = spec.storage_folder is None or f"{spec.storage_folder}/".startswith(f"{user.mount_point.rstrip('/')}/")
     if target != "network" and not shared:
         problems.append(

@@ -77,10 +77,6 @@ def prepare_submission(
             f"storage is {config.storage!r}, relative to a working directory that ends with the job. Name a folder that every "
             f"node sees, or a bucket: storage=/shared/runs, storage=s3://bucket/runs."
         )
-    if config.storage.startswith("memory://"):
-        raise UserError(
-            f"storage is {config.storage!r}, the memory of one process, which no other reads. Name a bucket or a folder."
-        )
     refuse_another_python(config.cluster, runtime_env or {})
     inside = [path_in_job(working_dir, file) for file in files]
     packed = contents(working_dir, named_by(config), rows_named_by(config))

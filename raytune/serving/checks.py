@@ -46,6 +46,4 @@ def check_fit(one: AskedModel) -> None:
             f"The adapter in {one.adapter} was trained on another base than {one.model.path} holds now:\n{changes}\nServe it "
             f"over the base that it was trained on."
         )
-    # What bitsandbytes packs, and rows of new tokens, are in no config.
-    if not one.model.quantization and not one.model.new_tokens:
-        refuse_unfit_adapter(one)
+    refuse_unfit_adapter(one)

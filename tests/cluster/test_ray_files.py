@@ -455,7 +455,6 @@ def test_a_jump_host_and_a_hub_login_are_written_where_ray_reads_them() -> None:
         ({"provider": {"zone": None, "subnet": None}}, ["provider.zone: needed", "provider.subnet: needed"]),
         ({"provider": {"container": None}}, ["provider.container or provider.environment: needed"]),
         ({"storage": "runs"}, ["storage: runs is on one machine", "/shared"]),
-        ({"storage": "memory://runs"}, ["storage: memory://runs is the memory of one process"]),
         ({"storage": "/sharedness/runs"}, ["storage: /sharedness/runs is on one machine"]),
         ({"cluster": {"spot": True}, "provider": {"reservation": "cr-1"}}, ["reserved nodes are not spot nodes"]),
         ({"provider": {"capacity_block": True}}, ["needs provider.reservation"]),

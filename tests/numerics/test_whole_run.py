@@ -331,7 +331,8 @@ def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatc
     monkeypatch.setitem(cast("dict[str, Any]", EventLog.__init__.__kwdefaults__), "upload_every_s", 3600.0)
     url = f"memory://{tmp_path.name}"
     changes = {"data": {"store": str(tmp_path / "stores")}, "checkpoint": {"every_steps": 3}}
-    resolved = config_from(config(tmp_path, changes) | {"storage": url})
+    # A bucket's stand-in for this one process; a config may not name it, whose workers are others.
+    resolved = config_from(config(tmp_path, changes)).model_copy(update={"storage": url})
     plan = prepare(resolved, this_machine(resolved.cluster), map).plan
     folder, calls = RunFolder(plan.storage, plan.name), []
 

@@ -319,6 +319,7 @@ NASTY = {
     "own tag": ("name: !env HOME\n", "1:7", "name", "E108", "!env"),
     "no bucket": ("storage: s3:///runs\n", "1:10", "storage", "E104", "must name a bucket, as s3://bucket/folder"),
     "no place at all": ('storage: "abfs://"\n', "1:10", "storage", "E104", "must name a bucket"),
+    "memory of one process": ("storage: memory://runs\n", "1:10", "storage", "E104", "must be a folder or a bucket"),
     "one slash": ("storage: s3:/bucket/runs\n", "1:10", "storage", "E104", "must have two slashes"),
     "unknown alias": ("storage: *home\n", "1:10", "storage", "E108", "needs quotes"),
     "alias of itself": ("training: &a {zero: *a}\n", "1:21", "training.zero", "E108", "refers to nothing"),

@@ -179,7 +179,7 @@ def test_each_thought_is_trained_behind_the_tokens_that_a_model_is_asked_with(tm
 def test_names_of_speakers_that_the_template_does_not_show_are_told(tmp_path: Path) -> None:
     chats = [
         [said("user", "Q", name="Ada"), said("assistant", "A", name="Bob")],
-        [said("user", "Q"), said("assistant", "A", name="Bob")],
+        [said("user", "Q"), said("assistant", "A, not Bob", name="Bob")],
     ]
     told = "3 turns without the name of who speaks (`name`), which the template does not show"
     shows = FORGETFUL.replace("m.role + '\\n'", "m.role + (' ' + m.name if m.name else '') + '\\n'")

@@ -37,13 +37,7 @@ from tests.unit.test_data_template import TOKENIZERS, llama_2_like, llama_3_like
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k"
 DECIDES_NOTHING = {
     *("batches/batches", "batches/in_front", "batches/slices"),  # what is made of a store
-    *(
-        "store/drafts",
-        "store/place",
-        "store/reading_through",
-        "store/same_rows",
-        "store/store",
-    ),  # where it lies, and how it is read
+    *("store/drafts", "store/place", "store/reading_through", "store/same_rows", "store/store"),  # where it lies
     *("files/demo", "files/pieces"),  # content of sources, which has a place of its own in the address
     *("templates/front", "templates/budget"),  # the template's text, which is in it, too; an end for one that has none
     *("preview", "rows/choices", "rows/rewording", "store/held_out_origins", "templates/pieces"),  # other uses of rows

@@ -1,5 +1,6 @@
 """Models that are asked in turn: each computes what it does alone, whatever lay over its base before."""
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from raytune.config.sections.model import Quantization
 from raytune.errors import ModelError
 from raytune.model.files.saved_adapter import refuse_unfit_adapter
 from raytune.model.inference import MOST_ADAPTERS, HeldModels
@@ -101,6 +103,28 @@ def test_an_adapter_with_tokens_that_its_base_does_not_have_is_refused(saved: Pa
     one = asked(saved, "base").model_copy(update={"adapter": str(tmp_path / "tokens")})
     with pytest.raises(ModelError, match="of an adapter with new tokens, which no base has, name the run"):
         refuse_unfit_adapter(one)
+
+
+STARTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "corda": ({"corda_config": {"corda_method": "ipm"}}, False),
+    "loftq": ({"loftq_config": {"loftq_bits": 4}}, False),
+    "lora_ga": ({}, False),
+    "made_up": ({}, False),
+    "pissa": ({}, True),
+}
+"""With what else PEFT wants beside them, and whether it is the base's form that they are refused for."""
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_that_cannot_be_made_again_is_refused(saved: Path, tmp_path: Path, start: str) -> None:
+    more, is_quantized = STARTS[start]
+    shutil.copytree(saved / "lora", tmp_path / start)
+    file = tmp_path / start / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start} | more))
+    model = plain_model(str(saved / "base"), "fp32")
+    held = model.model_copy(update={"quantization": Quantization(format="nf4")}) if is_quantized else model
+    with pytest.raises(ModelError, match=f"adapter_config.json .*{start}.* path_initial_model_for_weight_conversion"):
+        refuse_unfit_adapter(AskedModel(name=start, model=held, adapter=str(tmp_path / start)))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

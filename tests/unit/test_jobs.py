@@ -195,7 +195,6 @@ def test_a_dashboard_that_is_not_there_can_be_tried_again_later(monkeypatch: pyt
     [
         ("training: {lr: 1}", "training.learning_rate"),
         ("storage: runs", "relative to a working directory that ends with the job"),
-        ("storage: memory://runs", "the memory of one process"),
         ("", "storage is 'runs'"),
     ],
 )

@@ -166,7 +166,7 @@ MISTAKES = {
     "a misspelt instance": Mistake(RUN + "cluster: {instance: p5.48xlage}\n", "3:11", "p5.48xlarge"),
     "ZeRO-3 and compile": Mistake(RUN + "training: {compile: true, zero: {stage: 3}}\n", "3:", "Change one of the two"),
     "a file as storage": Mistake(RUN + "storage: rows.jsonl\n", "3:1", "is a file, not a folder"),
-    "a bucket without a store": Mistake(RUN + "storage: memory://runs\n", "3:1", "Set data.store to a folder"),
+    "a bucket without a store": Mistake(RUN + "storage: s3://bucket/runs\n", "3:1", "Set data.store to a folder"),
     # sweeps and overrides
     "a space with a typing error": Mistake(
         RUN + "sweep:\n  space:\n    training.lr: [1e-4, 1e-3]\n", "5:5", 'Did you mean "training.learning_rate"?',

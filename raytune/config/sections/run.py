@@ -28,7 +28,9 @@ def _a_place(storage: str) -> str:
     kind, slashes, place = storage.partition("://")
     if slashes and kind != "file" and not place.partition("/")[0]:
         raise ValueError("must name a bucket, as s3://bucket/folder does")
-    if re.match(r"(s3a?|gs|gcs|abfss?|az|memory):(?!//)", storage):  # would be a folder of this machine
+    if storage.startswith("memory:"):
+        raise ValueError("must be a folder or a bucket: memory:// is the memory of one process, which no other can read")
+    if re.match(r"(s3a?|gs|gcs|abfss?|az):(?!//)", storage):  # would be a folder of this machine
         raise ValueError("must have two slashes, as s3://bucket/folder has")
     return storage
 

@@ -95,7 +95,7 @@ def chat_documents(
         for piece, document in zip(each.pieces, documents):
             if document.rendered and document.rendered.num_hidden_thoughts:
                 tally.counts["thoughts_not_shown"] += document.rendered.num_hidden_thoughts
-            if document.rendered and (num_hidden := _num_hidden_names(piece, document.rendered.text)):
+            if document.rendered and (num_hidden := _num_hidden_names(piece, document.rendered.text, template)):
                 tally.counts["names_not_shown"] += num_hidden
             if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
                 _compare_prompts(piece, document, encoder, template, options.targets, tally)
@@ -104,11 +104,11 @@ def chat_documents(
         yield fitted
 
 
-def _num_hidden_names(conversation: Conversation, text: str) -> int:
-    """Turns whose speaker has a name (as in OpenAI's chats of several people) that the template did not write. That of a tool
-    stands in its call."""
-    named = ((message["role"], message.get("name")) for message in conversation.messages)
-    return sum(role != "tool" and isinstance(name, str) and name not in text for role, name in named)
+def _num_hidden_names(conversation: Conversation, text: str, template: ChatTemplate) -> int:
+    """Turns whose speaker has a name (as in OpenAI's chats of several people) that the template did not write, even where it
+    stands in somebody's words. That of a tool stands in its call."""
+    named = [(message["role"], message["name"]) for message in conversation.messages if message.get("name")]
+    return sum(role != "tool" and (role in template.roles_without_names or str(name) not in text) for role, name in named)
 
 
 def _usable(found: Document | RowError) -> Document:

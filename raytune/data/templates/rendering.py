@@ -159,6 +159,17 @@ class Renderer:
         return "ProbeValue" not in as_text and "ProbeValue" in as_parts
 
     @cached_property
+    def roles_without_names(self) -> frozenset[str]:
+        """Whose turns come out without the name of who speaks (`name`)."""
+        return frozenset(role for role in ("system", "user", "assistant") if self._hides_name(role))
+
+    def _hides_name(self, role: str) -> bool:
+        roles = ("system", "user", "assistant") if role == "system" else ("user", "assistant")
+        chat: list[Message] = [{"role": one, "content": "Probe"} for one in roles]
+        text = self.one(Job([turn | {"name": "ProbeName"} if turn["role"] == role else turn for turn in chat]))
+        return isinstance(text, str) and "ProbeName" not in text
+
+    @cached_property
     def _call_form(self) -> _CallForm:
         """The form in which a call comes out whole: not as Python writes it, not quoted twice, no "None" for no content.
 

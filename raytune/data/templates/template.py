@@ -109,6 +109,10 @@ class ChatTemplate:
         if isinstance(rendered := self.render([probe], "assistant")[0], RowError):
             raise DataError(f"data.template: {rendered}")
 
+    @property
+    def roles_without_names(self) -> frozenset[str]:
+        return self._renderer.roles_without_names
+
     @cached_property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer or a tool call: the first special ones behind the last turn of a conversation.

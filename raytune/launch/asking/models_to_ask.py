@@ -197,9 +197,7 @@ def adapter_over(base: Subject, path: str, name: str) -> Subject:
 
 
 def _refuse_unfit(one: Subject) -> None:
-    model = one.asked.model
-    # What bitsandbytes packs, and rows of new tokens, are in no config.
-    if one.asked.adapter and is_local(one.asked.adapter) and not model.quantization and not model.new_tokens:
+    if one.asked.adapter and is_local(one.asked.adapter):
         refuse_unfit_adapter(one.asked)
 
 

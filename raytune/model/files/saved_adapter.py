@@ -1,5 +1,6 @@
 """A saved adapter, told by its files: what it lies over, and whether it fits a base. No weight of a base is read."""
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from raytune.model.parts.rope import stretch
 from raytune.plan.saved.asked_model import AskedModel
 from raytune.printable import in_a_line
 
+_STARTS_OF_BASE = re.compile("pissa(_niter_[0-9]+)?|olora")
+"""Those that PEFT takes out of the base again when it loads the adapter, and needs nothing else for."""
 STARTS_BESIDE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Starts of LoRA (`init_lora_weights`) under which PEFT leaves the base's weights as they are. The others take something out of
 them, and do so again whenever PEFT loads the adapter."""
@@ -62,6 +65,24 @@ def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
     )
 
 
+def _refuse_start(folder: Path, config: PeftConfig, *, is_quantized: bool) -> None:
+    """Refuse an adapter whose start changed the base in a way that cannot be made again: by rows, gradients or a quantisation, or
+    in weights that are packed.
+
+    Raises:
+        ModelError: if it did.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    if leaves_base(config) or (not is_quantized and _STARTS_OF_BASE.fullmatch(str(start))):
+        return
+    by = "which is held quantised here" if is_quantized else "by what the adapter does not hold"
+    raise ModelError(
+        f"{folder / ADAPTER_CONFIG} says init_lora_weights: {start!r}, a start that changes the base, {by}, so that the base "
+        f"under it cannot be made again. Save it for the base as it is, with path_initial_model_for_weight_conversion of PEFT's "
+        f"save_pretrained."
+    )
+
+
 def answers_padded(config: PeftConfig) -> bool:
     """Whether prompts of different lengths may share a batch under an adapter."""
     row = adapting_with(config)
@@ -89,13 +110,17 @@ def changes_of_base(folder: Path, path: str, revision: str | None) -> str:
 
 
 def refuse_unfit_adapter(one: AskedModel) -> None:
-    """Refuse an adapter that does not fit its base, by the shapes of both.
+    """Refuse an adapter that does not fit its base, by its start and by the shapes of both.
 
     Raises:
         ModelError: with what does not fit.
     """
     model, folder = one.model, one.adapter
     assert folder is not None
+    asked = adapter_config(Path(folder))
+    _refuse_start(Path(folder), asked, is_quantized=model.quantization is not None)
+    if model.quantization or model.new_tokens:  # what bitsandbytes packs, and rows of new tokens, are in no config
+        return
     config = load_config(model.path, model.revision, model.trust_remote_code)
     stretch(config, model.rope)
     try:
@@ -103,7 +128,6 @@ def refuse_unfit_adapter(one: AskedModel) -> None:
             whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         with as_asked(), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            asked = adapter_config(Path(folder))
             if not leaves_base(asked):  # its start is made of values, and nothing has any here
                 asked = replace(asked, init_lora_weights=True)  # pyright: ignore[reportCallIssue]
             own: Any = PeftModel.from_pretrained(whole, folder, config=asked, torch_device="cpu").active_peft_config
